@@ -1,0 +1,145 @@
+"""Every architectural choice of a BertLn model, checked when it is made."""
+
+import difflib
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Self
+
+from huggingface_hub.dataclasses import strict, validated_field
+from transformers import BertConfig
+
+from .norms import NORMS
+from .placements import PLACEMENTS
+
+if TYPE_CHECKING:
+    # Saving a config copies the files that this one imports, directly or not, and so does loading one from
+    # the Hub. This line makes a folder that was saved from a config alone complete.
+    from .modeling_bert_ln import BertLnModel  # noqa: F401
+
+# Flat module names, whatever the class was loaded from: a checkpoint always carries its own code.
+AUTO_MAP = {
+    "AutoConfig": "configuration_bert_ln.BertLnConfig",
+    "AutoModel": "modeling_bert_ln.BertLnModel",
+    "AutoModelForMaskedLM": "modeling_bert_ln.BertLnForMaskedLM",
+    "AutoModelForMultipleChoice": "modeling_bert_ln.BertLnForMultipleChoice",
+    "AutoModelForNextSentencePrediction": "modeling_bert_ln.BertLnForNextSentencePrediction",
+    "AutoModelForPreTraining": "modeling_bert_ln.BertLnForPreTraining",
+    "AutoModelForQuestionAnswering": "modeling_bert_ln.BertLnForQuestionAnswering",
+    "AutoModelForSequenceClassification": "modeling_bert_ln.BertLnForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_bert_ln.BertLnForTokenClassification",
+}
+
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "type_vocab_size",
+)
+
+# Configs on the Hub carry extras such as `layer_norm_epsilon` (similarity 0.875 to a field), which must pass;
+# one letter wrong in `norm_placement` gives 0.96.
+MISSPELT = 0.88
+
+
+def _one_of(allowed: Iterable[str]) -> Callable[[str], None]:
+    """Return a check that a value is among the `allowed` names, with an error that suggests the nearest."""
+
+    def check(value: str) -> None:
+        if value not in allowed:
+            nearest = difflib.get_close_matches(str(value), list(allowed), n=1, cutoff=0)[0]
+            raise ValueError(f"{value!r} is not one of {sorted(allowed)}; did you mean {nearest!r}?")
+
+    return check
+
+
+@strict
+class BertLnConfig(BertConfig):
+    """Configuration of BERT in which the place and the kind of normalisation is a choice.
+
+    All fields of `transformers.BertConfig`, and:
+
+    - `norm_placement`: where the norm sits relative to the residual addition, a name in
+      `placements.PLACEMENTS`.
+    - `norm_type`: which norm, a name in `norms.NORMS`.
+    - `embedding_norm`: keep BERT's norm after the embeddings. Xiong et al. 2020 do not say whether their
+      Pre-LN has it.
+    - `sparse_prediction`: compute vocabulary scores for the masked positions only, in training. A way of
+      running a model and not a property of it: a saved config always says false.
+
+    The config of a stock BERT, which has no `norm_placement`, is read as Post-LN.
+
+    A folder whose layers are not those of stock BERT must not load in `transformers.BertModel`, which would
+    compute something else and only warn. Its config.json therefore holds, under `layer_norm_eps`, the number
+    under a key that says what the layers are. That is a type error for the strict `BertConfig`, which prints
+    the key. This class takes the number out again. A folder with stock layers has the plain number, and loads
+    in the stock classes.
+    """
+
+    model_type = "bert_ln"
+    # Makes `save_pretrained` copy the code files, for configs and for models.
+    _auto_class = "AutoConfig"
+
+    layer_norm_eps: float | dict[str, float] = 1e-12
+    norm_placement: str = validated_field(_one_of(PLACEMENTS), default="pre")
+    norm_type: str = validated_field(_one_of(NORMS), default="layer_norm")
+    embedding_norm: bool = True
+    sparse_prediction: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.layer_norm_eps, dict):
+            self.layer_norm_eps = next(iter(self.layer_norm_eps.values()))
+        self._refuse_misspelt(kwargs)
+        super().__post_init__(**kwargs)
+
+    def _refuse_misspelt(self, names: Iterable[str]) -> None:
+        """Raise for a keyword that is no field but looks like one; others pass, as in every config."""
+        known = sorted(self.__dataclass_fields__)
+        for name in names:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=MISSPELT)
+            if nearest and not hasattr(self, name) and not name.startswith("_"):
+                raise TypeError(f"BertLnConfig has no field {name!r}; did you mean {nearest[0]!r}?")
+
+    def validate_sizes(self) -> None:
+        """Every size is at least 1."""
+        for name in SIZES:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def validate_heads(self) -> None:
+        """The attention heads divide the hidden size."""
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
+                f"({self.num_attention_heads})"
+            )
+
+    @property
+    def has_stock_layers(self) -> bool:
+        """Whether `transformers.BertModel` computes the same from the same weights."""
+        return (self.norm_placement, self.norm_type, self.embedding_norm) == ("post", "layer_norm", True)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self | tuple[Self, dict[str, Any]]:
+        """Read a config; that of a stock BERT is Post-LN. Overrides in `kwargs` are checked like the rest."""
+        if config_dict.get("model_type") == "bert":
+            config_dict = {"norm_placement": "post", **config_dict}
+        result = super().from_dict(config_dict, **kwargs)
+        config = result[0] if isinstance(result, tuple) else result
+        config._refuse_misspelt(name for name in kwargs if not hasattr(config, name))
+        # The base class assigns overrides after it has validated the dictionary.
+        config.validate()
+        return result
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is written to config.json; see the class for `layer_norm_eps`."""
+        output = super().to_dict() | {"auto_map": dict(AUTO_MAP), "sparse_prediction": False}
+        if not self.has_stock_layers:
+            layers = f"norm_placement={self.norm_placement}, norm_type={self.norm_type}"
+            key = f"not stock BERT: {layers}, embedding_norm={self.embedding_norm}"
+            output["layer_norm_eps"] = {key: self.layer_norm_eps}
+        return output
+
+
+__all__ = ["BertLnConfig"]

@@ -1,0 +1,483 @@
+"""BERT in which the place and the kind of normalisation is a choice: the model and its heads.
+
+Only what differs from `transformers.models.bert` is written here. A layer is two residual branches
+(`placements`), the encoder ends with a norm where the placement needs one, and the rest is inherited:
+attention kernels, gradient checkpointing, decoding, recorded hidden states and attentions, the heads' losses.
+
+The classes have explicit `__init__`s that skip their stock parent's: building stock modules first and
+replacing them would draw random numbers twice. So the same seed gives the weights of the stock class,
+whatever the placement.
+"""
+
+import os
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_bidirectional_mask, packed_sequence_mask_function
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions, MaskedLMOutput
+from transformers.models.bert.modeling_bert import (
+    BertAttention,
+    BertCrossAttention,
+    BertEmbeddings,
+    BertEncoder,
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForNextSentencePrediction,
+    BertForPreTraining,
+    BertForPreTrainingOutput,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertIntermediate,
+    BertLayer,
+    BertModel,
+    BertOnlyMLMHead,
+    BertOnlyNSPHead,
+    BertPooler,
+    BertPreTrainedModel,
+    BertPreTrainingHeads,
+    BertSelfAttention,
+)
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_bert_ln import BertLnConfig
+from .norms import build_norm
+from .placements import PLACEMENTS
+
+IGNORED = -100  # a label that is not predicted, as everywhere in transformers
+
+
+class BertLnEmbeddings(BertEmbeddings):
+    """BERT's embeddings, with the norm of `config.norm_type` or, without `config.embedding_norm`, none."""
+
+    def __init__(self, config: BertLnConfig) -> None:
+        super().__init__(config)
+        self.LayerNorm = build_norm(config, config.hidden_size) if config.embedding_norm else nn.Identity()
+
+
+class BertLnAttention(BertAttention):
+    """Attention as a residual branch: self-attention, or cross-attention in a decoder."""
+
+    def __init__(
+        self,
+        config: BertLnConfig,
+        is_causal: bool = False,
+        layer_idx: int | None = None,
+        is_cross_attention: bool = False,
+    ) -> None:
+        super(BertAttention, self).__init__()
+        self.is_cross_attention = is_cross_attention
+        attention = BertCrossAttention if is_cross_attention else BertSelfAttention
+        self.self = attention(config, is_causal=is_causal, layer_idx=layer_idx)
+        self.output = PLACEMENTS[config.norm_placement](config, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """Return the new stream `[batch, length, hidden]`; weights are recorded at `self.self`."""
+        mask = encoder_attention_mask if self.is_cross_attention else attention_mask
+
+        def attend(x: torch.Tensor) -> torch.Tensor:
+            return self.self(
+                x,
+                encoder_hidden_states=encoder_hidden_states,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )[0]
+
+        return self.output(hidden_states, attend), None
+
+
+class BertLnLayer(BertLayer):
+    """Two residual branches; three in a decoder with cross-attention."""
+
+    def __init__(self, config: BertLnConfig, layer_idx: int | None = None) -> None:
+        super(BertLayer, self).__init__()
+        self.chunk_size_feed_forward = config.chunk_size_feed_forward
+        self.seq_len_dim = 1
+        self.is_decoder = config.is_decoder
+        self.add_cross_attention = config.add_cross_attention
+        self.attention = BertLnAttention(config, is_causal=config.is_decoder, layer_idx=layer_idx)
+        if config.add_cross_attention:
+            self.crossattention = BertLnAttention(config, layer_idx=layer_idx, is_cross_attention=True)
+        self.intermediate = BertIntermediate(config)
+        self.output = PLACEMENTS[config.norm_placement](config, config.intermediate_size)
+
+    def feed_forward_chunk(self, attention_output: torch.Tensor) -> torch.Tensor:
+        """Apply the feed-forward branch: `[batch, length, hidden]` to the same."""
+        return self.output(attention_output, self.intermediate)
+
+
+class BertLnEncoder(BertEncoder):
+    """A stack of layers, and after it one more norm where the placement leaves the stream unnormalised."""
+
+    def __init__(self, config: BertLnConfig) -> None:
+        super(BertEncoder, self).__init__()
+        self.config = config
+        self.layer = nn.ModuleList(
+            [BertLnLayer(config, layer_idx=i) for i in range(config.num_hidden_layers)]
+        )
+        if PLACEMENTS[config.norm_placement].final_norm:
+            self.final_norm = build_norm(config, config.hidden_size)
+        else:
+            self.final_norm = nn.Identity()
+
+    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        """Run all layers: `[batch, length, hidden]` to the same, after the final norm where there is one."""
+        output = super().forward(*args, **kwargs)
+        output.last_hidden_state = self.final_norm(output.last_hidden_state)
+        return output
+
+
+class BertLnPreTrainedModel(BertPreTrainedModel):
+    """Loading that refuses weights of another architecture; all else as in the stock class."""
+
+    config: BertLnConfig
+    config_class = BertLnConfig
+    _no_split_modules = ("BertLnEmbeddings", "BertLnLayer")
+    # Only the masked-language-model head divides by `num_items_in_batch`. Told so, transformers.Trainer
+    # divides the loss of the other heads by the number of accumulation steps.
+    accepts_loss_kwargs = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args: Any,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Self | tuple[Self, dict[str, Any]]:
+        """Load a model; raise ValueError where the weights belong to another `norm_placement` or `norm_type`.
+
+        New heads (a classifier, a pooler) are allowed, as in every `from_pretrained`: they are there to be
+        trained. A norm that is missing from the weights, or left over, means that they were trained as
+        another function.
+        """
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        _refuse_other_norms(model.config, pretrained_model_name_or_path, info)
+        return (model, info) if output_loading_info else model
+
+
+def _refuse_other_norms(config: BertLnConfig, source: str | os.PathLike | None, info: dict[str, Any]) -> None:
+    """Raise where `info`, the report of loading `source`, lists norms of the encoder or the embeddings."""
+    missing, unexpected = (sorted(filter(_is_norm, info[key])) for key in ("missing_keys", "unexpected_keys"))
+    if missing or unexpected:
+        raise ValueError(
+            f"{source} holds the weights of another architecture than "
+            f"norm_placement={config.norm_placement!r}, norm_type={config.norm_type!r}, "
+            f"embedding_norm={config.embedding_norm}: "
+            f"{len(missing)} norm parameters are missing {missing[:2]}, "
+            f"{len(unexpected)} are left over {unexpected[:2]}. Load it with its own config: "
+            "weights cannot be moved between placements."
+        )
+
+
+def _is_norm(key: str) -> bool:
+    """Whether a parameter is that of a norm on the residual stream, ours or (`ln`) of Megatron-BERT."""
+    *modules, _ = key.split(".")
+    in_stream = "encoder" in modules or "embeddings" in modules
+    # Cross-attention may be new: a decoder that starts from an encoder has to train it.
+    is_norm = bool(modules) and (modules[-1] == "ln" or "norm" in modules[-1].lower())
+    return in_stream and is_norm and "crossattention" not in modules
+
+
+class BertLnModel(BertLnPreTrainedModel, BertModel):
+    """The encoder: embeddings, layers, final norm, and optionally the pooler."""
+
+    def __init__(self, config: BertLnConfig, add_pooling_layer: bool = True) -> None:
+        super(BertModel, self).__init__(config)
+        self.config = config
+        self.gradient_checkpointing = False
+        self.embeddings = BertLnEmbeddings(config)
+        self.encoder = BertLnEncoder(config)
+        self.pooler = BertPooler(config) if add_pooling_layer else None
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        *,
+        document_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, ...] | BaseModelOutputWithPoolingAndCrossAttentions:
+        """Encode `[batch, length]` token ids as `[batch, length, hidden]`; arguments as in `BertModel`.
+
+        `document_ids`, integers `[batch, length]`, isolates documents that share a block: a token attends to
+        tokens of its own document only. Positions are not touched; give `position_ids` where each document
+        starts at 0.
+        """
+        if document_ids is not None:
+            like = inputs_embeds if inputs_embeds is not None else self.embeddings.word_embeddings.weight
+            attention_mask = self._isolate(document_ids, attention_mask, like)
+        return super().forward(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+
+    def _isolate(self, document_ids: torch.Tensor, padding: torch.Tensor | None, like: torch.Tensor) -> Any:
+        """Return the attention mask of isolated documents, in the form that the attention kernel takes.
+
+        `document_ids` and `padding` (1 for real tokens) are `[batch, length]`; `like` has the dtype of the
+        scores.
+        """
+        kernel = self.config._attn_implementation
+        if "flash" in kernel or self.config.is_decoder:
+            raise ValueError(
+                "document_ids need an encoder with attn_implementation 'eager', 'sdpa' or 'flex_attention', "
+                f"got {kernel!r} with is_decoder={self.config.is_decoder}"
+            )
+        if padding is not None:
+            # Each padding token becomes a document of its own: nobody attends to it, and no row is left
+            # empty, which would be NaN after the softmax.
+            alone = document_ids.amax() + 1 + torch.arange(document_ids.shape[1], device=document_ids.device)
+            document_ids = torch.where(padding.bool(), document_ids, alone)
+        # create_bidirectional_mask reads shape, dtype and device only.
+        states = torch.empty(1, dtype=like.dtype, device=document_ids.device).expand(*document_ids.shape, 1)
+        return create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=states,
+            attention_mask=None,
+            and_mask_function=packed_sequence_mask_function(document_ids),
+        )
+
+
+def select_predictions(
+    config: BertLnConfig,
+    hidden: torch.Tensor,
+    labels: torch.Tensor | None,
+    masked_positions: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the hidden states to score and their labels; see `BertLnForMaskedLM.forward` for the shapes.
+
+    Without sparse prediction, or with nothing that says where the masks are, that is everything as it came.
+    """
+    if masked_positions is None:
+        if not config.sparse_prediction or labels is None:
+            return hidden, labels
+        is_masked = labels != IGNORED
+        return hidden[is_masked], labels[is_masked]  # [masked, hidden], [masked]
+    if not config.sparse_prediction:
+        raise ValueError("masked_positions need a config with sparse_prediction=True")
+    if labels is not None and labels.shape != masked_positions.shape:
+        shapes = f"{tuple(labels.shape)} and {tuple(masked_positions.shape)}"
+        raise ValueError(f"labels and masked_positions must be aligned, got shapes {shapes}")
+    index = masked_positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
+    selected = hidden.gather(1, index).flatten(0, 1)  # [batch * capacity, hidden]
+    return selected, None if labels is None else labels.flatten()
+
+
+def masked_lm_loss(
+    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: int | torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the cross entropy in float32, summed over all labels but -100 and divided by their number.
+
+    With gradient accumulation or several processes, the number is that of the global batch:
+    `num_items_in_batch`. A batch without masked tokens has loss 0 and zero gradients.
+    """
+    scores = logits.float().view(-1, logits.shape[-1])
+    total = F.cross_entropy(scores, labels.view(-1), ignore_index=IGNORED, reduction="sum")
+    count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+    return total / torch.as_tensor(count, device=total.device).clamp(min=1)
+
+
+class BertLnForMaskedLM(BertLnPreTrainedModel, BertForMaskedLM):
+    """The encoder with the masked-language-model head, dense or sparse."""
+
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: BertLnConfig) -> None:
+        super(BertForMaskedLM, self).__init__(config)
+        self.bert = BertLnModel(config, add_pooling_layer=False)
+        self.cls = BertOnlyMLMHead(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        masked_positions: torch.Tensor | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, ...] | MaskedLMOutput:
+        """Score the vocabulary, and with `labels` return the loss too (see `masked_lm_loss`).
+
+        | `config.sparse_prediction` | given | logits |
+        |---|---|---|
+        | false | | `[batch, length, vocab]`; `labels` `[batch, length]` |
+        | true | neither `labels` nor `masked_positions` | `[batch, length, vocab]` |
+        | true | `labels` `[batch, length]` | `[masked, vocab]`, where the labels are not -100 |
+        | true | `masked_positions` and `labels` `[batch, capacity]` | static `[batch * capacity, vocab]` |
+
+        Unused entries of `masked_positions` may hold any position, with the label -100.
+        """
+        outputs = self.bert(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden, labels = select_predictions(self.config, outputs.last_hidden_state, labels, masked_positions)
+        logits = self.cls(hidden)
+        loss = None if labels is None else masked_lm_loss(logits, labels, num_items_in_batch)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class BertLnForPreTraining(BertLnPreTrainedModel, BertForPreTraining):
+    """The encoder with the heads of Devlin et al.: masked language model and next sentence."""
+
+    def __init__(self, config: BertLnConfig) -> None:
+        super(BertForPreTraining, self).__init__(config)
+        self.bert = BertLnModel(config)
+        self.cls = BertPreTrainingHeads(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        next_sentence_label: torch.Tensor | None = None,
+        masked_positions: torch.Tensor | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, ...] | BertForPreTrainingOutput:
+        """Score vocabulary and sentence pair; the loss needs both kinds of label, as in the stock class.
+
+        `labels`, `masked_positions`, `num_items_in_batch` and the prediction logits are those of
+        `BertLnForMaskedLM`. The loss of the sentence pairs is always the mean over the batch.
+        """
+        outputs = self.bert(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden, labels = select_predictions(self.config, outputs.last_hidden_state, labels, masked_positions)
+        logits, pair_logits = self.cls(hidden, outputs.pooler_output)
+        loss = None
+        if labels is not None and next_sentence_label is not None:
+            pair_loss = F.cross_entropy(pair_logits.float().view(-1, 2), next_sentence_label.view(-1))
+            loss = masked_lm_loss(logits, labels, num_items_in_batch) + pair_loss
+        return BertForPreTrainingOutput(
+            loss=loss,
+            prediction_logits=logits,
+            seq_relationship_logits=pair_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class BertLnForNextSentencePrediction(BertLnPreTrainedModel, BertForNextSentencePrediction):
+    """The encoder with the next-sentence head."""
+
+    def __init__(self, config: BertLnConfig) -> None:
+        super(BertForNextSentencePrediction, self).__init__(config)
+        self.bert = BertLnModel(config)
+        self.cls = BertOnlyNSPHead(config)
+        self.post_init()
+
+
+def _classifier_dropout(config: BertLnConfig) -> nn.Dropout:
+    """Return the dropout before a classifier: its own probability, or that of the hidden states."""
+    own = config.classifier_dropout
+    return nn.Dropout(config.hidden_dropout_prob if own is None else own)
+
+
+class BertLnForSequenceClassification(BertLnPreTrainedModel, BertForSequenceClassification):
+    """The encoder with a classifier or regressor on the pooled first token."""
+
+    def __init__(self, config: BertLnConfig) -> None:
+        super(BertForSequenceClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.bert = BertLnModel(config)
+        self.dropout = _classifier_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class BertLnForMultipleChoice(BertLnPreTrainedModel, BertForMultipleChoice):
+    """The encoder with one score for each choice, from the pooled first token."""
+
+    def __init__(self, config: BertLnConfig) -> None:
+        super(BertForMultipleChoice, self).__init__(config)
+        self.bert = BertLnModel(config)
+        self.dropout = _classifier_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+
+class BertLnForTokenClassification(BertLnPreTrainedModel, BertForTokenClassification):
+    """The encoder with a classifier on every token."""
+
+    def __init__(self, config: BertLnConfig) -> None:
+        super(BertForTokenClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.bert = BertLnModel(config, add_pooling_layer=False)
+        self.dropout = _classifier_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class BertLnForQuestionAnswering(BertLnPreTrainedModel, BertForQuestionAnswering):
+    """The encoder with start and end scores on every token."""
+
+    def __init__(self, config: BertLnConfig) -> None:
+        super(BertForQuestionAnswering, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.bert = BertLnModel(config, add_pooling_layer=False)
+        self.qa_outputs = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+__all__ = [
+    "BertLnForMaskedLM",
+    "BertLnForMultipleChoice",
+    "BertLnForNextSentencePrediction",
+    "BertLnForPreTraining",
+    "BertLnForQuestionAnswering",
+    "BertLnForSequenceClassification",
+    "BertLnForTokenClassification",
+    "BertLnModel",
+    "BertLnPreTrainedModel",
+]

@@ -1,0 +1,1 @@
+"""Pre-training: corpus, tokenizer, token store, masking, optimisation, loop, checkpoints."""

@@ -1,0 +1,275 @@
+"""Every option of pre-training: a dataclass, its defaults, and which values are allowed.
+
+Each field's docstring is its `--help`. Names are those of `transformers.TrainingArguments` and of the stock
+examples wherever these have the option.
+"""
+
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+
+from bert_ln import BertLnConfig
+
+
+class UserError(ValueError):
+    """A mistake in what the user asked for: shown as one line, without a traceback, exit code 2."""
+
+
+@dataclass(kw_only=True)
+class DataArguments:
+    """Where text comes from and how it becomes blocks of token ids."""
+
+    dataset_name: str | None = None
+    """Dataset on the Hub with its namespace, such as Salesforce/wikitext; None takes train_file or the embedded corpus."""
+    dataset_config_name: str | None = None
+    """Configuration of the Hub dataset, such as 20231101.en."""
+    dataset_split: str = "train"
+    """Split of the Hub dataset that is trained on; its split `validation`, where it has one, validates."""
+    streaming: bool = False
+    """Read the Hub dataset as a stream; no more than the run needs is read and stored."""
+    train_file: str | None = None
+    """Training text: file, folder or glob of .txt, .jsonl, .parquet or .csv."""
+    validation_file: str | None = None
+    """Validation text, likewise; without it documents are set aside from the training corpus."""
+    corpora: list[dict[str, Any]] | None = None
+    """Several corpora: a list of {dataset_name | train_file, ..., weight}; weight = passes per epoch (default 1)."""
+    text_column_name: str = "text"
+    """Column that holds the text of a document in .jsonl, .parquet, .csv and Hub datasets."""
+    sample_by: str | None = None
+    """What a document is in .txt: document (a file), paragraph (up to a blank line) or line; None: document where there are several files, else paragraph."""
+    validation_split_percentage: float | None = None
+    """Share of the documents set aside for validation; None: 0.5 (199:1), but at least 20 documents and 50,000 words."""
+    token_store: str | None = None
+    """Folder of a finished token store, which brings its tokenizer: no corpus is read."""
+    tokenizer_name: str | None = None
+    """Tokenizer to load (folder or Hub id); None trains a WordPiece tokenizer on the training text."""
+    vocab_size: int = 30522
+    """Size of the vocabulary to train, and of the model's embedding when it exceeds the tokenizer's."""
+    do_lower_case: bool = True
+    """Lower-case the text, when a tokenizer is trained."""
+    max_unk_rate: float = 0.01
+    """Largest share of [UNK] among the tokens of the corpus."""
+    max_seq_length: int = 512
+    """Tokens in a block, [CLS] and [SEP] included."""
+    cache_dir: str = "output/cache"
+    """Where tokenizers and token stores are kept for the next run."""
+
+
+@dataclass(kw_only=True)
+class MaskingArguments:
+    """Which tokens are hidden from the model."""
+
+    mlm_probability: float = 0.15
+    """Share of the tokens that is selected for prediction."""
+    masking_unit: str = "token"
+    """What is selected together: token, whole_word or span."""
+    mask_replace_prob: float = 0.8
+    """Share of the selected tokens that becomes [MASK]."""
+    random_replace_prob: float = 0.1
+    """Share of the selected tokens that becomes a random token; the rest stays as it is."""
+    isolate_documents: bool = False
+    """Attend only within a document where a block holds several."""
+
+
+@dataclass(kw_only=True)
+class OptimizationArguments:
+    """How weights change: the names are those of transformers.TrainingArguments."""
+
+    max_steps: int = 1_000_000
+    """Updates."""
+    per_device_train_batch_size: int = 32
+    """Blocks in a micro-batch of one process."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches of an update."""
+    stages: list[dict[str, Any]] | None = None
+    """Table of {steps, max_seq_length, per_device_train_batch_size, gradient_accumulation_steps} one after the other, such as 128 then 512."""
+    optim: str = "adamw_torch_fused"
+    """Optimiser: adamw_torch, adamw_torch_fused."""
+    learning_rate: float = 1e-4
+    """Peak learning rate."""
+    lr_scheduler_type: str = "linear"
+    """linear, constant, constant_with_warmup, cosine, inverse_sqrt or warmup_stable_decay."""
+    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
+    """num_decay_steps (default a tenth of max_steps) and min_lr_ratio of warmup_stable_decay."""
+    warmup_steps: int = 0
+    """Updates over which the learning rate rises linearly to its peak; Post-LN needs them, Pre-LN does not."""
+    weight_decay: float = 0.01
+    """Decoupled decay, not on norms and biases."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.999
+    """Decay of the second moment."""
+    adam_epsilon: float = 1e-6
+    """Added to the root of the second moment; 1e-6 as in BERT."""
+    max_grad_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 switches it off."""
+
+
+@dataclass(kw_only=True)
+class RunArguments:
+    """How the run is carried out, watched and kept."""
+
+    output_dir: str = "output/pretrain"
+    """Folder of the run."""
+    seed: int = 42
+    """Seed of weights, order, masks and dropout."""
+    num_processes: int | None = None
+    """Processes that the run must have got; None takes what there is."""
+    bf16: bool | None = None
+    """bfloat16 autocast with float32 parameters; None: where the hardware multiplies bfloat16."""
+    torch_compile: bool = False
+    """Compile the model."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    attn_implementation: str | None = None
+    """eager, sdpa, flash_attention_2 or flex_attention; None lets transformers choose."""
+    dataloader_num_workers: int = 0
+    """Processes that prepare batches; the batches do not depend on it."""
+    logging_steps: int = 50
+    """Updates between two training lines."""
+    eval_steps: int = 1000
+    """Updates between two validations; the last update is always validated."""
+    per_device_eval_batch_size: int = 32
+    """Blocks in a validation batch; the value does not depend on it."""
+    max_eval_samples: int | None = None
+    """Validate on that many blocks, spread evenly over the validation text; None takes all."""
+    save_steps: int = 1000
+    """Updates between two checkpoints; the last update is always kept."""
+    save_total_limit: int | None = None
+    """Newest checkpoints to keep; None keeps all."""
+    resume_from_checkpoint: str | bool | None = None
+    """Checkpoint to continue from; without a value the newest complete one of output_dir."""
+    report_to: str = "none"
+    """Tracker through Accelerate: none, tensorboard, trackio or wandb."""
+
+
+@dataclass(kw_only=True)
+class PretrainingArguments(DataArguments, MaskingArguments, OptimizationArguments, RunArguments):
+    """All options; `model` holds those that are fields of `BertLnConfig`."""
+
+    model: dict[str, Any] = field(default_factory=dict)
+    """Fields of BertLnConfig."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for run.json."""
+        return asdict(self)
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """The hint of an error message: the nearest allowed name, or all of them where there are few."""
+    allowed = sorted(allowed)
+    close = difflib.get_close_matches(name, allowed, n=1)
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"allowed: {', '.join(allowed)}" if len(allowed) < 20 else "see --help"
+
+
+AT_LEAST_ONE = (
+    "vocab_size",
+    "max_seq_length",
+    "max_steps",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "logging_steps",
+    "eval_steps",
+    "save_steps",
+    "save_total_limit",
+    "max_eval_samples",
+    "num_processes",
+)
+NOT_NEGATIVE = (
+    "seed",
+    "warmup_steps",
+    "learning_rate",
+    "weight_decay",
+    "adam_epsilon",
+    "max_grad_norm",
+    "dataloader_num_workers",
+)
+CHOICES = {
+    "masking_unit": ("token", "whole_word", "span"),
+    "sample_by": ("document", "paragraph", "line"),
+    "optim": ("adamw_torch", "adamw_torch_fused"),
+    "lr_scheduler_type": (
+        "linear",
+        "constant",
+        "constant_with_warmup",
+        "cosine",
+        "inverse_sqrt",
+        "warmup_stable_decay",
+    ),
+    "report_to": ("none", "tensorboard", "trackio", "wandb"),
+    "attn_implementation": ("eager", "sdpa", "flash_attention_2", "flex_attention"),
+}
+# Lower and upper bound, both allowed only where written with "=".
+RANGES = {
+    "mlm_probability": (0, 1, "more than 0 and less than 1"),
+    "adam_beta1": (-1e-9, 1, "at least 0 and less than 1"),
+    "adam_beta2": (-1e-9, 1, "at least 0 and less than 1"),
+    "mask_replace_prob": (-1e-9, 1 + 1e-9, "between 0 and 1"),
+    "random_replace_prob": (-1e-9, 1 + 1e-9, "between 0 and 1"),
+    "max_unk_rate": (-1e-9, 1 + 1e-9, "between 0 and 1"),
+    "validation_split_percentage": (0, 100, "more than 0 and less than 100"),
+}
+
+
+def check_arguments(args: PretrainingArguments) -> None:
+    """Refuse values that cannot work, before anything is read or built.
+
+    Raises:
+        UserError: Names the option, its value and what is allowed.
+    """
+    for name in AT_LEAST_ONE:
+        _check(args, name, lambda value: value >= 1, "must be at least 1")
+    for name in NOT_NEGATIVE:
+        _check(args, name, lambda value: value >= 0, "must be at least 0")
+    for name, (low, high, words) in RANGES.items():
+        _check(args, name, lambda value, low=low, high=high: low < value < high, f"must be {words}")
+    for name, allowed in CHOICES.items():
+        value = getattr(args, name)
+        if value is not None and value not in allowed:
+            hint = nearest(value, allowed)
+            raise UserError(f"{name} {value!r}: {hint if 'mean' in hint else 'allowed: ' + ', '.join(allowed)}")
+    _check_together(args)
+    model_config(args, vocab_size=args.vocab_size, pad_token_id=0)
+
+
+def _check(args: PretrainingArguments, name: str, holds: Callable[[Any], bool], words: str) -> None:
+    value = getattr(args, name)
+    if value is not None and not holds(value):
+        raise UserError(f"{name} {value!r}: {words}")
+
+
+def _check_together(args: PretrainingArguments) -> None:
+    if args.mask_replace_prob + args.random_replace_prob > 1:
+        total = args.mask_replace_prob + args.random_replace_prob
+        raise UserError(f"mask_replace_prob + random_replace_prob {total}: must be at most 1")
+    if args.warmup_steps >= args.max_steps and args.warmup_steps > 0:
+        raise UserError(f"warmup_steps {args.warmup_steps}: must be less than max_steps {args.max_steps}")
+    if args.max_seq_length < 8:
+        raise UserError(f"max_seq_length {args.max_seq_length}: must be at least 8")
+    for key in args.lr_scheduler_kwargs:
+        allowed = {"warmup_stable_decay": ("num_decay_steps", "min_lr_ratio")}.get(args.lr_scheduler_type, ())
+        if key not in allowed:
+            hint = f"allowed for {args.lr_scheduler_type}: {', '.join(allowed) or 'nothing'}"
+            raise UserError(f"lr_scheduler_kwargs.{key}: {hint}")
+    lengths = [args.max_seq_length] + [row.get("max_seq_length", 0) for row in args.stages or []]
+    positions = args.model.get("max_position_embeddings", BertLnConfig.max_position_embeddings)
+    if max(lengths) > positions:
+        raise UserError(f"max_seq_length {max(lengths)}: the model has max_position_embeddings {positions}")
+
+
+def model_config(args: PretrainingArguments, **from_tokenizer: int) -> BertLnConfig:
+    """The configuration of the model that `args` describes.
+
+    Raises:
+        UserError: A field that `BertLnConfig` refuses.
+    """
+    try:
+        return BertLnConfig(**args.model, **from_tokenizer)
+    except StrictDataclassError as error:
+        raise UserError(" ".join(str(error).split())) from error

@@ -1,0 +1,105 @@
+"""What a run costs, said before its first step: parameters, tokens, operations, time, memory."""
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from bert_ln import BertLnConfig
+from recipes.stages import Stage
+
+# Dense bf16 tensor-core peaks of the vendors' data sheets, in FLOP/s, by a part of the device's name.
+BF16_PEAKS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A10G": 70e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+# The share of the peak that the estimate before the first step assumes.
+ASSUMED_MFU = 0.4
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Operations per second that one process could do at best."""
+
+    flops: float
+    source: str
+
+
+def training_flops(config: BertLnConfig, max_seq_length: int, predicted_share: float) -> float:
+    """Floating-point operations of training on one token (forward and backward = 3 x forward).
+
+    Matrix products only, 2 operations for a multiply-add. Per layer: 4 d^2 for query, key, value and output,
+    2 d d_ff for the feed-forward block, 2 L d for scores and weighted sum; the head, d^2 + d V, for the
+    share of tokens that is predicted. (Kaplan et al. 2020, "Scaling Laws", Table 1, with a sparse head.)
+    """
+    d, d_ff = config.hidden_size, config.intermediate_size
+    layer = 4 * d * d + 2 * d * d_ff + 2 * max_seq_length * d
+    head = (d * d + d * config.vocab_size) * predicted_share
+    return 3 * 2 * (config.num_hidden_layers * layer + head)
+
+
+def total_flops(
+    config: BertLnConfig, stages: list[Stage], predicted_share: float, num_processes: int, first_step: int = 0
+) -> float:
+    """Operations of all updates from `first_step` on, over all processes."""
+    total = 0.0
+    for stage in stages:
+        steps = max(0, stage.first_step + stage.steps - max(first_step, stage.first_step))
+        tokens = steps * stage.tokens_per_update(num_processes)
+        total += tokens * training_flops(config, stage.max_seq_length, predicted_share)
+    return total
+
+
+def peak_of(device: torch.device, bf16: bool) -> Peak:
+    """The data sheet's bf16 peak of a known GPU, else the rate of a large matrix product measured now."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for part, flops in BF16_PEAKS.items():
+            if part in name:
+                return Peak(flops, f"{name}, dense bf16 of its data sheet")
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    return Peak(_matmul_rate(device, dtype), f"a 1024 x 1024 {dtype} matrix product, measured now")
+
+
+def _matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
+    # Zeros draw no random numbers.
+    a = torch.zeros(size, size, device=device, dtype=dtype)
+    best, began = math.inf, time.perf_counter()
+    while time.perf_counter() - began < 1:
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def describe_model(model: PreTrainedModel) -> str:
+    """Shape, placement and number of parameters in one line."""
+    c = model.config
+    parameters = sum(p.numel() for p in model.parameters())
+    return (
+        f"{parameters / 1e6:.1f} M parameters: {c.num_hidden_layers} layers x {c.hidden_size}, "
+        f"{c.num_attention_heads} heads, vocabulary {c.vocab_size}, norm_placement {c.norm_placement}, "
+        f"norm_type {c.norm_type}, embedding_norm {str(c.embedding_norm).lower()}"
+    )
+
+
+def describe_attention(model: PreTrainedModel, requested: str | None, isolated: bool) -> str:
+    """The attention path and why it is taken."""
+    why = "as you set" if requested else "the choice of transformers"
+    mask = "block-diagonal mask, one block a document" if isolated else "no mask: blocks are full"
+    return f"{model.config._attn_implementation} ({why}), {mask}"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    seconds = round(seconds)
+    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"

@@ -1,0 +1,182 @@
+"""Checkpoints: complete or absent, never half.
+
+A checkpoint is written aside, synced to disk, marked with the checksum of every file, renamed; only then
+are old ones pruned. A folder without its marker does not exist for resuming, GLUE and pushing.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from recipes.arguments import UserError
+
+FORMAT = 1
+MARKER = "complete.json"
+
+
+@dataclass
+class TrainState:
+    """Everything that training has to remember besides weights and the optimiser's moments.
+
+    Order, masks, dropout and the learning rate follow from `step`.
+    """
+
+    step: int = 0
+    """Updates done."""
+    tokens_seen: int = 0
+    """Tokens of all processes so far."""
+    elapsed_seconds: float = 0.0
+    """Wall time so far, over all sessions of the run."""
+    window_loss: float = 0.0
+    """Summed loss since the last training line."""
+    window_masked_tokens: float = 0.0
+    """Masked tokens since the last training line."""
+
+
+def save_checkpoint(
+    output_dir: Path,
+    state: TrainState,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    optimizer: torch.optim.Optimizer,
+    record: dict[str, Any],
+) -> Path:
+    """Write `output_dir/checkpoint-STEP`, which exists afterwards whole, or not at all.
+
+    `record` is the run's description (run.json), kept so that resuming can compare.
+    """
+    final = output_dir / f"checkpoint-{state.step}"
+    aside = output_dir / f".{final.name}.partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    write_model(aside, model, tokenizer)
+    trainer = aside / "trainer"
+    trainer.mkdir()
+    torch.save(optimizer.state_dict(), trainer / "optimizer.pt")
+    _write_json(trainer / "state.json", asdict(state))
+    _write_json(trainer / "run.json", record)
+    marker = {"format": FORMAT, "step": state.step, "files": checksums(aside)}
+    _sync_tree(aside)
+    _write_json(aside / MARKER, marker)
+    _sync(aside / MARKER)
+    _sync(aside)
+    if final.exists():  # torn, or damaged and therefore not resumed from
+        shutil.rmtree(final)
+    os.replace(aside, final)
+    _sync(output_dir)
+    return final
+
+
+def write_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Weights, configuration, code and tokenizer, as `from_pretrained` expects them."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def load_checkpoint(
+    folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, device: torch.device
+) -> TrainState:
+    """Put the checkpoint's weights and moments in place; returns its state. Executes nothing from it."""
+    load_model(model, folder / "model.safetensors", strict=True, device=str(device))
+    moments = torch.load(folder / "trainer" / "optimizer.pt", map_location=device, weights_only=True)
+    optimizer.load_state_dict(moments)
+    return TrainState(**json.loads((folder / "trainer" / "state.json").read_text()))
+
+
+def find_checkpoint(output_dir: Path, requested: str | bool | None) -> tuple[Path | None, list[str]]:
+    """The checkpoint to continue from, or None, with a line for each one that was passed over.
+
+    Args:
+        output_dir: Where the newest complete one is looked for.
+        requested: `--resume_from_checkpoint`: a folder, or True, False or None.
+
+    Raises:
+        UserError: The requested folder is not a complete checkpoint.
+    """
+    if isinstance(requested, str):
+        folder = Path(requested)
+        if damage := damage_of(folder):
+            raise UserError(f"resume_from_checkpoint {requested}: {damage}")
+        return folder, []
+    passed_over = []
+    for folder in reversed(checkpoint_folders(output_dir)):
+        damage = damage_of(folder)
+        if damage is None:
+            return folder, passed_over
+        passed_over.append(f"{folder} is passed over: {damage}")
+    return None, passed_over
+
+
+def checkpoint_folders(output_dir: Path) -> list[Path]:
+    """Folders named checkpoint-STEP, complete or not, in the order of their steps."""
+    folders = [f for f in output_dir.glob("checkpoint-*") if f.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the folder carries the marker of a finished save (its checksums are not compared)."""
+    return (folder / MARKER).is_file()
+
+
+def damage_of(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, file by file against its marker; None where nothing is."""
+    if not folder.is_dir():
+        return "no such folder"
+    if not is_complete(folder):
+        return f"incomplete (no {MARKER})"
+    try:
+        marker = json.loads((folder / MARKER).read_text())
+        expected, version = marker["files"], marker["format"]
+    except (ValueError, KeyError, TypeError):
+        return f"damaged ({MARKER})"
+    if version != FORMAT:
+        return f"format {version}, and this program reads format {FORMAT}"
+    found = checksums(folder)
+    wrong = [name for name, checksum in expected.items() if found.get(name) != checksum]
+    return f"damaged ({', '.join(wrong)})" if wrong else None
+
+
+def prune(output_dir: Path, save_total_limit: int | None) -> None:
+    """Delete all but the newest complete checkpoints."""
+    complete = [folder for folder in checkpoint_folders(output_dir) if is_complete(folder)]
+    for folder in complete[:-save_total_limit] if save_total_limit else []:
+        # The marker goes first: a deletion cut short leaves nothing that looks complete.
+        (folder / MARKER).unlink()
+        shutil.rmtree(folder)
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file of a checkpoint but its marker, by relative path."""
+    files = (f for f in sorted(folder.rglob("*")) if f.is_file() and f != folder / MARKER)
+    return {f.relative_to(folder).as_posix(): _sha256(f) for f in files}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,179 @@
+"""Options from a YAML file and the command line, which wins; a misspelt name is an error."""
+
+import argparse
+import ast
+import inspect
+import textwrap
+import types
+from dataclasses import MISSING, Field, dataclass, fields
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from transformers import BertConfig
+
+from bert_ln import BertLnConfig
+from recipes.arguments import (
+    DataArguments,
+    MaskingArguments,
+    OptimizationArguments,
+    PretrainingArguments,
+    RunArguments,
+    UserError,
+    check_arguments,
+    nearest,
+)
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.yaml"
+
+# What follows from the tokenizer, from the task (an encoder), or is set by the loop is no option.
+NOT_MODEL_OPTIONS = {
+    "add_cross_attention",
+    "bos_token_id",
+    "eos_token_id",
+    "is_decoder",
+    "pad_token_id",
+    "sparse_prediction",
+    "use_cache",
+    "vocab_size",
+}
+
+
+def parse_arguments(argv: list[str] | None = None) -> PretrainingArguments:
+    """Options from the command line over those of the YAML file over the defaults, checked.
+
+    Args:
+        argv: Command-line words; None takes those of the process.
+
+    Raises:
+        UserError: An option that is unknown, has the wrong type or a value that is not allowed.
+    """
+    parser = _build_parser()
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise UserError(f"{unknown[0]}: unknown option; {nearest(unknown[0].lstrip('-'), _options())}")
+    values = vars(given)
+    config = values.pop("config", None)
+    return build_arguments(_read_yaml(Path(config) if config else DEFAULT_CONFIG) | values)
+
+
+def build_arguments(values: dict[str, Any]) -> PretrainingArguments:
+    """Options from a flat table of names and values (as in a YAML file), checked.
+
+    Raises:
+        UserError: As `parse_arguments`.
+    """
+    options = _options()
+    own, model = {}, {}
+    for name, value in values.items():
+        if name not in options:
+            raise UserError(f"{name}: unknown option; {nearest(name, options)}")
+        target = own if name in PretrainingArguments.__dataclass_fields__ else model
+        target[name] = _convert(name, options[name].annotation, value)
+    args = PretrainingArguments(**own, model=model)
+    check_arguments(args)
+    return args
+
+
+@dataclass(frozen=True)
+class _Option:
+    annotation: Any
+    help: str
+
+
+def _options() -> dict[str, _Option]:
+    """Every option by name: the fields of the dataclasses above and those of `BertLnConfig`."""
+    options = {}
+    for group in (DataArguments, MaskingArguments, OptimizationArguments, RunArguments):
+        hints, docstrings = get_type_hints(group), _field_docstrings(group)
+        options |= {f.name: _Option(hints[f.name], _help(f, docstrings[f.name])) for f in fields(group)}
+    for config_class in (BertConfig, BertLnConfig):
+        for name, annotation in config_class.__annotations__.items():
+            if name not in NOT_MODEL_OPTIONS and name not in options:
+                default = getattr(BertLnConfig, name, None)
+                options[name] = _Option(annotation, f"{name} of BertLnConfig. [{default}]")
+    return options
+
+
+def _field_docstrings(group: type) -> dict[str, str]:
+    body = ast.parse(textwrap.dedent(inspect.getsource(group))).body[0].body
+    return {
+        node.target.id: following.value.value
+        for node, following in zip(body, body[1:], strict=False)
+        if isinstance(node, ast.AnnAssign)
+    }
+
+
+def _help(option: Field, docstring: str) -> str:
+    default = option.default if option.default is not MISSING else option.default_factory()
+    return f"{docstring} [{default}]".replace("%", "%%")
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="recipes/pretrain.py",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        description="Pre-train BERT. Every option can stand in the YAML file too.",
+    )
+    parser.add_argument("--config", help=f"YAML file of options [{DEFAULT_CONFIG.name}, the default run]")
+    for name, option in _options().items():
+        # A switch may stand alone (--bf16), and so may --resume_from_checkpoint.
+        alone = {"nargs": "?", "const": True} if bool in _members(option.annotation) else {}
+        parser.add_argument(f"--{name}", metavar="VALUE", help=option.help, **alone)
+    return parser
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"config {path}: no such file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"config {path}: not readable as YAML: {error}") from None
+    if not isinstance(values or {}, dict):
+        raise UserError(f"config {path}: must be a table of option: value")
+    return values or {}
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    is_union = get_origin(annotation) in (Union, types.UnionType)
+    return get_args(annotation) if is_union else (annotation,)
+
+
+def _convert(name: str, annotation: Any, value: Any) -> Any:
+    """The value as the option's type; words of the command line are read as YAML reads them."""
+    members = _members(annotation)
+    if isinstance(value, str) and members != (str,):
+        value = _read_word(value, members)
+    for member in members:
+        if _is(value, member):
+            return float(value) if member is float else value
+    wanted = " or ".join("null" if m is type(None) else getattr(m, "__name__", str(m)) for m in members)
+    raise UserError(f"{name} {value!r}: must be of type {wanted}")
+
+
+def _read_word(value: str, members: tuple[Any, ...]) -> Any:
+    if value.lower() in ("none", "null"):
+        return None
+    if float in members:
+        # YAML 1.1 reads 1e-4 as a string.
+        try:
+            return float(value) if int not in members else yaml.safe_load(value)
+        except (ValueError, yaml.YAMLError):
+            return value
+    if members[0] is str and value.lower() not in ("true", "false"):
+        return value
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
+
+
+def _is(value: Any, member: Any) -> bool:
+    kind = get_origin(member) or member
+    if isinstance(value, bool):
+        return kind is bool
+    if kind is float:
+        return isinstance(value, (int, float))
+    return isinstance(value, kind)

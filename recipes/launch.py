@@ -1,0 +1,107 @@
+"""What the launcher gave this process, and what it should have given: threads and processes.
+
+`accelerate launch` sets OMP_NUM_THREADS=1, which makes a CPU run as slow as one core; and
+`accelerate launch --cpu --num_processes 2` starts one process without a word.
+"""
+
+import os
+import sys
+from functools import cache
+from pathlib import Path
+
+import psutil
+import torch
+import yaml
+from accelerate.commands.config.config_args import default_config_file
+
+from recipes.arguments import UserError
+
+
+def set_threads() -> str:
+    """Use the cores that this process may use, divided by the processes beside it, unless the user chose.
+
+    Returns:
+        One line that says how many threads and why.
+    """
+    chosen = _threads_chosen_by_user()
+    cores, processes = _usable_cores(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    threads = chosen or max(1, cores // processes)
+    torch.set_num_threads(threads)
+    why = "as you set" if chosen else f"{cores} usable cores / {processes} local processes"
+    return f"{threads} threads ({why})"
+
+
+def check_num_processes(obtained: int, asked: int | None) -> None:
+    """Compare the processes that run with those that were asked for.
+
+    Raises:
+        UserError: They differ.
+    """
+    launcher = _processes_told_to_launcher()
+    for source, number in (("num_processes", asked), ("the launcher's num_processes", launcher)):
+        if number is not None and number != obtained:
+            raise UserError(
+                f"{source} {number}: but {obtained} process{'es run' if obtained > 1 else ' runs'}. On CPU start "
+                f"several with: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {number} ..."
+            )
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _threads_chosen_by_user() -> int | None:
+    launcher = _launcher()
+    if launcher is None:
+        words, environment = [], dict(os.environ)
+    else:
+        # A launcher overwrites the variable for its children; its own still says what the user said.
+        words, environment = launcher
+    value = _value_of(words, "--num_cpu_threads_per_process") or environment.get("OMP_NUM_THREADS")
+    return int(value) if value and value.isdigit() and int(value) > 0 else None
+
+
+def _processes_told_to_launcher() -> int | None:
+    if _launcher() is None:
+        return None
+    words, _ = _launcher()
+    number = _value_of(words, "--num_processes")
+    if number is None and (per_node := _value_of(words, "--nproc_per_node", "--nproc-per-node")):
+        nodes = _value_of(words, "--nnodes") or "1"
+        return int(per_node) * int(nodes) if per_node.isdigit() and nodes.isdigit() else None
+    if number is None and "accelerate" in " ".join(words[:3]):
+        number = _configured_processes(_value_of(words, "--config_file") or default_config_file)
+    return int(number) if number and str(number).isdigit() else None
+
+
+def _configured_processes(file: str) -> str | None:
+    try:
+        return (yaml.safe_load(Path(file).read_text()) or {}).get("num_processes")
+    except (OSError, yaml.YAMLError, AttributeError):
+        return None
+
+
+@cache
+def _launcher() -> tuple[list[str], dict[str, str]] | None:
+    """Command words (up to the script) and environment of the launcher that started this process, if any."""
+    try:
+        parent = psutil.Process(os.getppid())
+        words, environment = parent.cmdline(), parent.environ()
+    except psutil.Error:
+        return None
+    if not any(name in word for word in words[:4] for name in ("accelerate", "torchrun", "torch.distributed")):
+        return None
+    script = next((i for i, word in enumerate(words) if word == sys.argv[0]), len(words))
+    return words[:script], environment
+
+
+def _value_of(words: list[str], *names: str) -> str | None:
+    for word, following in zip(words, [*words, None][1:], strict=True):
+        for name in names:
+            if word == name:
+                return following
+            if word.startswith(f"{name}="):
+                return word.removeprefix(f"{name}=")
+    return None

@@ -1,0 +1,393 @@
+"""A pre-training run from its options to its results: prepare, say what it costs, train, hand over."""
+
+import json
+import math
+import os
+import shlex
+import sys
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import set_seed
+from transformers import BertConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from bert_ln import BertLnConfig, BertLnForMaskedLM
+from recipes.arguments import PretrainingArguments, UserError, model_config
+from recipes.batches import BlockReader, TrainingBatches
+from recipes.budget import (
+    ASSUMED_MFU,
+    Peak,
+    clock,
+    describe_attention,
+    describe_model,
+    peak_of,
+    total_flops,
+)
+from recipes.checkpointing import (
+    TrainState,
+    find_checkpoint,
+    load_checkpoint,
+    prune,
+    save_checkpoint,
+    write_model,
+)
+from recipes.launch import check_num_processes, set_threads
+from recipes.masking import Masker
+from recipes.model_card import write_model_card
+from recipes.optimization import build_optimizer
+from recipes.preparation import PreparedData, needed_tokens, prepare_data
+from recipes.run_record import Metrics, check_same_run, describe_run, differences, write_json
+from recipes.stages import Stage, build_stages
+from recipes.token_store import unigram_cross_entropy
+from recipes.training import Trainer
+from recipes.validation import Validation
+
+
+def pretrain(args: PretrainingArguments) -> None:
+    """Train, or continue, or report on, the run that `args` describes.
+
+    Raises:
+        UserError: Anything that is wrong with the options, the data or the output folder.
+    """
+    transformers_logging.disable_progress_bar()  # a bar for each saved checkpoint
+    threads = set_threads()
+    accelerator = _build_accelerator(args)
+    check_num_processes(accelerator.num_processes, args.num_processes)
+    run = Run(args, accelerator, build_stages(args))
+    run.check_output_dir()
+    run.prepare()
+    if run.show_finished():
+        return
+    run.build()
+    run.resume()
+    run.say_cost(threads)
+    run.train()
+    run.finish()
+
+
+def _build_accelerator(args: PretrainingArguments) -> Accelerator:
+    if args.report_to != "none" and find_spec(args.report_to) is None:
+        raise UserError(f"report_to {args.report_to}: not installed; pip install {args.report_to}")
+    return Accelerator(
+        # Autocast is the loop's own affair (validation runs without), whatever the launcher says.
+        mixed_precision="no",
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=args.output_dir,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+
+
+@dataclass
+class Run:
+    """One pre-training run and its folder."""
+
+    args: PretrainingArguments
+    accelerator: Accelerator
+    stages: list[Stage]
+    record: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.output_dir = Path(self.args.output_dir)
+        self.metrics = Metrics(self.output_dir / "metrics.jsonl")
+        self.bf16, self.precision = choose_precision(self.args, self.accelerator.device)
+        self.args.bf16 = self.bf16
+
+    def print(self, *lines: str) -> None:
+        """Print on the main process, at once."""
+        if self.accelerator.is_main_process:
+            print(*lines, sep="\n", flush=True)
+
+    # ---------------------------------------------------------------- before training
+
+    def check_output_dir(self) -> None:
+        """Refuse a folder of another run before any work is done for this one."""
+        processes = self.accelerator.num_processes
+        check_same_run(self.output_dir, describe_run(self.args, self.stages, processes))
+
+    def prepare(self) -> None:
+        """Tokenizer, token stores, validation blocks, and the description of the run."""
+        args, accelerator = self.args, self.accelerator
+        self.data = prepare_data(
+            args, self.stages, accelerator.num_processes, prepares=accelerator.is_local_main_process
+        )
+        for store in self.data.stores:
+            for length in {args.max_seq_length, *(stage.max_seq_length for stage in self.stages)}:
+                store.check(length)
+        self.masker = Masker(self.data.tokenizer, args)
+        reader = BlockReader(self.data.stores, "validation", self.masker)
+        self.validation = Validation(reader, args.max_seq_length, args.max_eval_samples)
+        self.unigram_cross_entropy = unigram_cross_entropy(
+            self.data.stores, self.data.tokenizer.all_special_ids, self.data.weights
+        )
+        self.config = model_config(
+            args,
+            vocab_size=max(args.vocab_size, len(self.data.tokenizer)),
+            pad_token_id=self.data.tokenizer.pad_token_id,
+        )
+        self.record = describe_run(
+            args,
+            self.stages,
+            accelerator.num_processes,
+            **self.data.fingerprints(),
+            mask_fingerprint=self.validation.mask_fingerprint,
+            unigram_cross_entropy=self.unigram_cross_entropy,
+            model_config=_architecture(self.config),
+        )
+        self.found = check_same_run(self.output_dir, self.record)
+
+    def show_finished(self) -> bool:
+        """Where the run is finished already, print its results and say so."""
+        if self.found is None or "results" not in self.found:
+            return False
+        self.print(f"{self.output_dir} holds this run, finished: nothing to do.")
+        self._print_results(self.found["results"])
+        return True
+
+    def build(self) -> None:
+        """Model, optimiser and batches, as Accelerate wants them."""
+        args, accelerator = self.args, self.accelerator
+        set_seed(args.seed)
+        self.model = build_model(args, self.config)
+        optimizer = build_optimizer(self.model, args)
+        compiled = torch.compile(self.model) if args.torch_compile else self.model
+        wrapped, optimizer = accelerator.prepare(compiled, optimizer)
+        self.peak = peak_of(accelerator.device, self.bf16)
+        batches = TrainingBatches(
+            self.data.stores,
+            self.data.weights,
+            self.masker,
+            args,
+            self.stages,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+        self.samples_per_epoch = batches.orders[0].samples_per_epoch
+        self.trainer = Trainer(
+            args,
+            accelerator,
+            wrapped,
+            self.model,
+            optimizer,
+            batches,
+            self.stages,
+            self.peak,
+            self.bf16,
+            report=self._report,
+            evaluate=self._evaluate,
+            save=self._save,
+        )
+
+    def resume(self) -> None:
+        """Put the newest complete checkpoint in place, if there is one."""
+        requested = self.args.resume_from_checkpoint
+        folder, passed_over = find_checkpoint(self.output_dir, requested)
+        self.print(*passed_over)
+        if folder is None:
+            if requested or self.found:
+                self.print(f"No complete checkpoint in {self.output_dir}: starting from the beginning.")
+        else:
+            self._check_checkpoint(folder)
+            device = self.accelerator.device
+            self.trainer.state = load_checkpoint(folder, self.model, self.trainer.optimizer, device)
+            self.print(f"Continuing from {folder}.")
+        if self.accelerator.is_main_process:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            self.metrics.cut_back(self.trainer.state.step)
+            write_json(self.output_dir / "run.json", self.record)
+            self.validation.save(self.output_dir / "validation_masks.safetensors")
+        self._start_tracker()
+
+    def _check_checkpoint(self, folder: Path) -> None:
+        different = differences(self.record, json.loads((folder / "trainer" / "run.json").read_text()))
+        if different:
+            raise UserError(f"resume_from_checkpoint {folder}: is of a different run ({'; '.join(different)})")
+
+    def _start_tracker(self) -> None:
+        options = {k: v for k, v in self.args.to_dict().items() if isinstance(v, (int, float, str, bool))}
+        # Lines that the resumed run is about to repeat are dropped.
+        purge = {"tensorboard": {"purge_step": self.trainer.state.step + 1}}
+        self.accelerator.init_trackers("bert-ln", config=options, init_kwargs=purge)
+
+    def say_cost(self, threads: str) -> None:
+        """One screen: what is about to happen and what it will take."""
+        args, processes = self.args, self.accelerator.num_processes
+        share = args.mlm_probability
+        done = self.trainer.state.step
+        flops = total_flops(self.config, self.stages, share, processes, done)
+        seconds = flops / (self.peak.flops * processes * ASSUMED_MFU)
+        tokens = needed_tokens(self.stages, processes)
+        per_update = ", then ".join(f"{stage.tokens_per_update(processes):,}" for stage in self.stages)
+        epochs = tokens / (self.samples_per_epoch * self.stages[0].max_seq_length)
+        v = self.validation
+        self.print(
+            f"model       {describe_model(self.model)}",
+            *(f"data        {line}" for line in self._describe_data()),
+            f"updates     {args.max_steps:,} of {per_update} tokens = {tokens / 1e6:.1f} M tokens, {epochs:.2f} epochs",
+            f"cost        {flops:.3g} FLOP left; about {clock(seconds)} at {ASSUMED_MFU:.0%} of "
+            f"{self.peak.flops / 1e9:,.0f} GFLOP/s ({self.peak.source})",
+            f"processes   {processes} on {self.accelerator.device}, {threads}",
+            f"precision   {self.precision}",
+            f"attention   {describe_attention(self.model, args.attn_implementation, args.isolate_documents)}",
+            f"validation  {v.blocks} blocks, {v.masked_tokens:,} masked tokens, masks {v.mask_fingerprint}",
+            f"loss        expected at first ln({self.config.vocab_size}) = {math.log(self.config.vocab_size):.2f}; "
+            f"without context at best {self.unigram_cross_entropy:.2f} (unigram cross-entropy)",
+            "",
+        )
+
+    def _describe_data(self) -> list[str]:
+        return [line for s in self.data.stores for line in s.report(self.args.max_seq_length).splitlines()]
+
+    # ---------------------------------------------------------------- during training
+
+    def train(self) -> None:
+        """The loop."""
+        self.trainer.train()
+
+    def _report(self, line: dict[str, Any]) -> None:
+        steps_left = self.args.max_steps - line["step"]
+        tokens_left = steps_left * self.stages[-1].tokens_per_update(self.accelerator.num_processes)
+        self.print(
+            f"step {line['step']:>7,}/{self.args.max_steps:,}  loss {line['train_loss']:.4f}  "
+            f"lr {line['learning_rate']:.2e}  grad {line['grad_norm']:.2f}  "
+            f"{line['tokens_per_second']:,.0f} tokens/s  MFU {line['mfu']:.0%}  "
+            f"left {clock(tokens_left / line['tokens_per_second'])}"
+        )
+        self._record(line)
+
+    def _evaluate(self, state: TrainState) -> None:
+        batch_size = self.args.per_device_eval_batch_size
+        values = self.validation(self.model, self.accelerator, batch_size)
+        below = self.unigram_cross_entropy - values["validation_loss"]
+        self.print(
+            f"step {state.step:>7,}  validation loss {values['validation_loss']:.4f}, "
+            f"{abs(below):.2f} {'below' if below >= 0 else 'above'} unigram cross-entropy "
+            f"{self.unigram_cross_entropy:.2f}; accuracy {values['validation_accuracy']:.1%}"
+        )
+        self._record({"step": state.step, **values})
+
+    def _record(self, line: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            self.metrics.append(line)
+        numbers = {name: value for name, value in line.items() if isinstance(value, (int, float))}
+        self.accelerator.log({k: v for k, v in numbers.items() if k != "step"}, step=line["step"])
+
+    def _save(self, state: TrainState) -> None:
+        if self.accelerator.is_main_process:
+            optimizer = self.trainer.optimizer
+            folder = save_checkpoint(
+                self.output_dir, state, self.model, self.data.tokenizer, optimizer, self.record
+            )
+            prune(self.output_dir, self.args.save_total_limit)
+            self.print(f"step {state.step:>7,}  saved {folder}")
+
+    # ---------------------------------------------------------------- after training
+
+    def finish(self) -> None:
+        """The final model in the folder itself, its card, the results, and what to do next."""
+        if self.accelerator.is_main_process:
+            results = self._results()
+            write_model(self.output_dir, self.model, self.data.tokenizer)
+            write_model_card(self.output_dir, self.record, results)
+            write_json(self.output_dir / "run.json", self.record | {"results": results})
+            self._print_results(results)
+        # A process that leaves while another still talks to it makes that one crash.
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+
+    def _results(self) -> dict[str, Any]:
+        lines = self.metrics.lines()
+        last = [line for line in lines if "validation_loss" in line][-1]
+        return {
+            "step": last["step"],
+            "validation_loss": last["validation_loss"],
+            "validation_accuracy": last["validation_accuracy"],
+            "below_unigram_cross_entropy": self.unigram_cross_entropy - last["validation_loss"],
+            "tokens_seen": self.trainer.state.tokens_seen,
+            "elapsed_seconds": self.trainer.state.elapsed_seconds,
+        }
+
+    def _print_results(self, results: dict[str, Any]) -> None:
+        self.print(
+            "",
+            f"validation loss {results['validation_loss']:.4f} after {results['step']:,} updates and "
+            f"{clock(results['elapsed_seconds'])}: {results['below_unigram_cross_entropy']:.2f} below "
+            f"the unigram cross-entropy {self.unigram_cross_entropy:.2f}",
+            f"model           {self.output_dir} (from_pretrained loads it)",
+            *next_commands(self.output_dir),
+        )
+
+
+def choose_precision(args: PretrainingArguments, device: torch.device) -> tuple[bool, str]:
+    """Whether to use bf16 autocast, and a line that says what and why.
+
+    Raises:
+        UserError: The launcher asks for fp16, which would need loss scaling.
+    """
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if args.bf16 is not None:
+        bf16, why = args.bf16, "as you set"
+    elif launcher not in ("no", "bf16"):
+        raise UserError(f"mixed_precision {launcher}: allowed: no, bf16")
+    elif launcher == "bf16":
+        bf16, why = True, "as the launcher says"
+    else:
+        bf16 = _multiplies_bf16(device)
+        why = f"{device.type} {'multiplies' if bf16 else 'does not multiply'} bfloat16 in hardware"
+    kind = "bf16 autocast with float32 parameters" if bf16 else "float32"
+    return bf16, f"{kind} ({why}); validation in float32"
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        features = getattr(torch.cpu, "get_capabilities", dict)()
+        return bool(features.get("avx512_bf16") or features.get("amx_bf16") or features.get("bf16"))
+    return False
+
+
+def build_model(args: PretrainingArguments, config: BertLnConfig) -> PreTrainedModel:
+    """A freshly initialised model in float32, set up for training."""
+    if args.attn_implementation:
+        config._attn_implementation = args.attn_implementation
+    model = BertLnForMaskedLM(config)
+    model.config.sparse_prediction = True
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model.train()
+
+
+def _architecture(config: BertLnConfig) -> dict[str, Any]:
+    """The fields that say what the model computes."""
+    names = [*BertConfig.__annotations__, *BertLnConfig.__annotations__]
+    return {name: getattr(config, name) for name in names if name != "sparse_prediction"}
+
+
+def next_commands(output_dir: Path) -> list[str]:
+    """What to run next; only what there is."""
+    root = Path(__file__).parent.parent
+    python, folder = shlex.quote(_relative(Path(sys.executable))), shlex.quote(str(output_dir))
+    launch = shlex.quote(_relative(Path(sys.executable).with_name("accelerate")))
+    hf = shlex.quote(_relative(Path(sys.executable).with_name("hf")))
+    commands = []
+    if (root / "glue_eval" / "run.py").exists():
+        commands.append(("fine-tune", f"{python} glue_eval/run.py --task mrpc --model_name_or_path {folder}"))
+    config = "recipes/configs/bert_base_wikipedia.yaml"
+    if (root / config).exists():
+        commands.append(("at scale", f"{launch} launch recipes/pretrain.py --config {config}"))
+    if Path(sys.executable).with_name("hf").exists():
+        commands.append(("push", f'{hf} upload YOUR_NAME/bert-ln {folder} . --exclude "checkpoint-*"'))
+    return [f"{name:<15} {command}" for name, command in commands]
+
+
+def _relative(path: Path) -> str:
+    """The path as a user in the project's folder would type it."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

@@ -1,0 +1,151 @@
+"""run.json and metrics.jsonl: what a run is, and what it measured, in plain files."""
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from recipes.arguments import PretrainingArguments, UserError
+from recipes.stages import Stage
+
+# Options that change neither the weights nor the figures of a run, so that it may be continued with others.
+# Micro-batch, accumulation and processes count through their product, the global batch.
+OPERATIONAL = {
+    "cache_dir",
+    "dataloader_num_workers",
+    "gradient_accumulation_steps",
+    "num_processes",
+    "output_dir",
+    "per_device_eval_batch_size",
+    "per_device_train_batch_size",
+    "report_to",
+    "resume_from_checkpoint",
+    "save_steps",
+    "save_total_limit",
+    "stages",
+}
+# What identifies a run besides its options.
+FACTS = ("updates", "corpus_fingerprints", "tokenizer_fingerprint", "mask_fingerprint")
+PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
+
+
+def describe_run(args: PretrainingArguments, stages: list[Stage], num_processes: int, **facts: Any) -> dict[str, Any]:
+    """The contents of run.json: options, versions, commit, and `facts` (fingerprints, world, entropy)."""
+    return {
+        "options": args.to_dict(),
+        "updates": [
+            {
+                "steps": stage.steps,
+                "max_seq_length": stage.max_seq_length,
+                "global_batch_size": stage.global_batch_size(num_processes),
+            }
+            for stage in stages
+        ],
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "commit": _commit(),
+        "num_processes": num_processes,
+        **facts,
+    }
+
+
+def differences(ours: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """What makes `other` a different run than `ours`, one line each (options, batches, fingerprints, model)."""
+    mine, theirs = _identity(ours), _identity(other)
+    # What is not known yet on either side (fingerprints, before the data is prepared) is not compared.
+    both = [name for name in mine if name in theirs or name in ours["options"]]
+    return [
+        f"{name} is {_short(mine[name])}, was {_short(theirs.get(name))}"
+        for name in both
+        if mine[name] != theirs.get(name)
+    ]
+
+
+def _identity(record: dict[str, Any]) -> dict[str, Any]:
+    """What a run is, in one flat table."""
+    options = {name: value for name, value in record["options"].items() if name not in OPERATIONAL}
+    facts = {name: record[name] for name in FACTS if name in record}
+    return options | record.get("model_config", {}) | facts
+
+
+def check_same_run(output_dir: Path, ours: dict[str, Any]) -> dict[str, Any] | None:
+    """The run.json that `output_dir` already holds, or None.
+
+    Raises:
+        UserError: It describes another run, or the folder holds something that is no run.
+    """
+    file = output_dir / "run.json"
+    _check_writable(output_dir)
+    if not file.exists():
+        if output_dir.exists() and any(output_dir.iterdir()):
+            raise UserError(f"output_dir {output_dir}: holds files but no run; choose an empty or a new folder")
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        different = differences(ours, found)
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"output_dir {output_dir}: its run.json is not readable; choose another folder") from None
+    if different:
+        raise UserError(
+            f"output_dir {output_dir}: holds a different run ({'; '.join(different)}); choose another folder"
+        )
+    return found
+
+
+def _check_writable(folder: Path) -> None:
+    existing = next(f for f in (folder, *folder.absolute().parents) if f.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"output_dir {folder}: {existing} is no folder that can be written to")
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Replace a file by `value` as JSON: whole or not at all."""
+    aside = file.with_name(f".{file.name}.partial")
+    aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(aside, file)
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object a line, `step` strictly increasing for each kind."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Add a line and hand it to the operating system."""
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+    def lines(self) -> list[dict[str, Any]]:
+        """All lines; a last line that was cut short by a crash is left out."""
+        if not self.file.exists():
+            return []
+        lines = []
+        for text in self.file.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                continue
+        return lines
+
+    def cut_back(self, step: int) -> None:
+        """Drop what was measured after `step`, which training is about to repeat."""
+        kept = [line for line in self.lines() if line["step"] <= step]
+        aside = self.file.with_name(f".{self.file.name}.partial")
+        aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(aside, self.file)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

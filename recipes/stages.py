@@ -1,0 +1,65 @@
+"""The length and the batch as data: a table of stages, and which of its rows an update belongs to."""
+
+from dataclasses import dataclass
+
+from recipes.arguments import PretrainingArguments, UserError, nearest
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Some updates with one block length and one batch."""
+
+    number: int
+    first_step: int
+    """Updates done before this stage."""
+    steps: int
+    max_seq_length: int
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+
+    def global_batch_size(self, num_processes: int) -> int:
+        """Blocks in one update."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * num_processes
+
+    def tokens_per_update(self, num_processes: int) -> int:
+        """Tokens in one update."""
+        return self.global_batch_size(num_processes) * self.max_seq_length
+
+
+OPTIONAL = ("max_seq_length", "per_device_train_batch_size", "gradient_accumulation_steps")
+
+
+def build_stages(args: PretrainingArguments) -> list[Stage]:
+    """The table of `args.stages`, or one stage of `max_steps` updates.
+
+    A row takes what it leaves out from the options of the same name.
+
+    Raises:
+        UserError: unknown or missing key, a number below 1, or steps that do not add up to max_steps.
+    """
+    rows = args.stages or [{"steps": args.max_steps}]
+    stages, first_step = [], 0
+    for number, row in enumerate(rows):
+        _check_row(number, row)
+        values = {name: row.get(name, getattr(args, name)) for name in OPTIONAL}
+        stages.append(Stage(number, first_step, row["steps"], **values))
+        first_step += row["steps"]
+    if first_step != args.max_steps:
+        raise UserError(f"stages: their steps add up to {first_step}, but max_steps is {args.max_steps}")
+    return stages
+
+
+def _check_row(number: int, row: dict) -> None:
+    for key in row:
+        if key not in ("steps", *OPTIONAL):
+            raise UserError(f"stages[{number}].{key}: unknown; {nearest(key, ('steps', *OPTIONAL))}")
+    if "steps" not in row:
+        raise UserError(f"stages[{number}]: steps is missing")
+    for key, value in row.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"stages[{number}].{key} {value!r}: must be an integer of at least 1")
+
+
+def stage_at(stages: list[Stage], step: int) -> Stage:
+    """The stage of update number `step` (counted from 0)."""
+    return next(stage for stage in reversed(stages) if stage.first_step <= step)

@@ -1,0 +1,91 @@
+"""The number that may be compared: validation loss on frozen masks."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from recipes.batches import Batch, BlockReader
+from recipes.masking import IGNORED
+from recipes.sampling import Samples
+
+# Not the run's seed: runs of different seeds must be validated on the same masks.
+MASK_SEED = 0
+
+
+class Validation:
+    """All validation blocks with their masks, made once."""
+
+    def __init__(self, reader: BlockReader, max_seq_length: int, max_eval_samples: int | None) -> None:
+        samples = _samples(reader, max_seq_length, max_eval_samples)
+        self.batch = reader(samples, max_seq_length, MASK_SEED)
+        self.mask_fingerprint = _fingerprint(self.batch)
+        self.masked_tokens = int((self.batch["labels"] != IGNORED).sum())
+        self.blocks = len(self.batch["labels"])
+
+    def save(self, file: Path) -> None:
+        """Keep blocks and masks (int32) beside the results they belong to."""
+        tensors = {name: tensor.int() for name, tensor in self.batch.items()}
+        save_file(tensors, file, metadata={"mask_fingerprint": self.mask_fingerprint})
+
+    @torch.inference_mode()
+    def __call__(self, model: PreTrainedModel, accelerator: Accelerator, batch_size: int) -> dict[str, Any]:
+        """Loss (nats) and accuracy over all masked tokens of all blocks.
+
+        Computed in float32 whatever training uses, and summed in float64, so that neither the batch size nor
+        the number of processes shows; nothing random is drawn, so training does not notice.
+        """
+        was_training = model.training
+        model.eval()
+        totals = torch.zeros(2, dtype=torch.float64)
+        stride = batch_size * accelerator.num_processes
+        for start in range(accelerator.process_index * batch_size, self.blocks, stride):
+            batch = {k: v[start : start + batch_size].to(accelerator.device) for k, v in self.batch.items()}
+            totals += _loss_and_hits(model, batch).cpu()
+        model.train(was_training)
+        loss, hits = _sum_over_processes(totals, accelerator)
+        return {
+            "validation_loss": loss / self.masked_tokens,
+            "validation_accuracy": hits / self.masked_tokens,
+            "masked_tokens": self.masked_tokens,
+            "mask_fingerprint": self.mask_fingerprint,
+        }
+
+
+def _samples(reader: BlockReader, max_seq_length: int, max_eval_samples: int | None) -> Samples:
+    counts = [store.blocks("validation", max_seq_length) for store in reader.stores]
+    corpus = np.repeat(np.arange(len(counts)), counts)
+    block = np.concatenate([np.arange(count) for count in counts])
+    if max_eval_samples and max_eval_samples < len(block):
+        chosen = np.linspace(0, len(block) - 1, max_eval_samples).round().astype(np.int64)
+        corpus, block = corpus[chosen], block[chosen]
+    return Samples(corpus, block, np.zeros_like(block))
+
+
+def _fingerprint(batch: Batch) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(batch):
+        digest.update(f"{name} {tuple(batch[name].shape)}".encode())
+        digest.update(batch[name].to(torch.int32).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _loss_and_hits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    labels = batch.pop("labels").flatten()  # [blocks * capacity]
+    # Labels select the sparse path, whose logits are those of the masked positions only.
+    logits = model(**batch).logits.float()  # [blocks * capacity, vocabulary]
+    loss = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+    hits = logits.argmax(dim=-1) == labels
+    return torch.stack([loss.cpu().double().sum(), hits.cpu().double().sum()])
+
+
+def _sum_over_processes(totals: torch.Tensor, accelerator: Accelerator) -> list[float]:
+    if accelerator.num_processes > 1:
+        totals = accelerator.reduce(totals.to(accelerator.device), reduction="sum").cpu()
+    return totals.tolist()

@@ -1,0 +1,104 @@
+"""Options: YAML under the command line, types kept, mistakes refused by name."""
+
+import subprocess
+import sys
+
+import pytest
+
+from recipes.arguments import UserError
+from recipes.command_line import DEFAULT_CONFIG, parse_arguments
+from tests.conftest import ROOT
+
+
+def test_the_command_line_wins_over_yaml_over_defaults(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("learning_rate: 5e-4\nhidden_size: 64\nnum_attention_heads: 4\nbf16: true\n")
+    args = parse_arguments(["--config", str(config), "--hidden_size", "128", "--adam_beta2=0.98"])
+    assert (args.learning_rate, args.adam_beta2, args.weight_decay, args.bf16) == (5e-4, 0.98, 0.01, True)
+    assert args.model == {"hidden_size": 128, "num_attention_heads": 4}
+
+
+def test_without_a_config_it_is_the_default_run():
+    args = parse_arguments(["--warmup_steps", "7"])
+    assert f"vocab_size: {args.vocab_size}" in DEFAULT_CONFIG.read_text()
+    assert args.warmup_steps == 7
+
+
+def test_words_become_values():
+    words = "--bf16 --torch_compile false --resume_from_checkpoint --learning_rate 1e-3 --embedding_norm false"
+    words += " --save_total_limit none --num_processes 1 --train_file 2024 --lr_scheduler_type warmup_stable_decay"
+    args = parse_arguments([*words.split(), "--lr_scheduler_kwargs", "{num_decay_steps: 5}"])
+    assert args.bf16 is True
+    assert args.torch_compile is False
+    assert args.resume_from_checkpoint is True
+    assert args.learning_rate == 1e-3
+    assert args.model["embedding_norm"] is False
+    assert args.save_total_limit is None
+    assert args.train_file == "2024"
+    assert args.lr_scheduler_kwargs == {"num_decay_steps": 5}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--learning_rat 1", "--learning_rat: unknown option; did you mean learning_rate?"),
+        ("--hiden_size 8", "--hiden_size: unknown option; did you mean hidden_size?"),
+        ("--max_steps 0", "max_steps 0: must be at least 1"),
+        ("--max_steps 1.5", "max_steps 1.5: must be of type int"),
+        ("--max_steps many", "max_steps 'many': must be of type int"),
+        ("--per_device_train_batch_size 0", "per_device_train_batch_size 0: must be at least 1"),
+        ("--learning_rate high", "learning_rate 'high': must be of type float"),
+        ("--learning_rate -1", "learning_rate -1.0: must be at least 0"),
+        ("--mlm_probability 0", "mlm_probability 0.0: must be more than 0 and less than 1"),
+        ("--mlm_probability 15", "mlm_probability 15.0: must be more than 0 and less than 1"),
+        ("--mask_replace_prob 0.95", "must be at most 1"),
+        ("--masking_unit words", "masking_unit 'words': allowed: token, whole_word, span"),
+        ("--optim adamw_torch_fussed", "optim 'adamw_torch_fussed': did you mean adamw_torch_fused?"),
+        ("--lr_scheduler_type linar", "lr_scheduler_type 'linar': did you mean linear?"),
+        ("--lr_scheduler_kwargs {num_decay_steps: 1}", "lr_scheduler_kwargs.num_decay_steps"),
+        ("--norm_placement prenorm", "norm_placement"),
+        ("--norm_placement prenorm", "'pre'"),
+        ("--norm_type layernorm", "layer_norm"),
+        ("--hidden_size 250", "num_attention_heads"),
+        ("--max_seq_length 513", "max_seq_length 513: the model has max_position_embeddings 512"),
+        ("--max_seq_length 4", "max_seq_length 4: must be at least 8"),
+        ("--warmup_steps 999999", "warmup_steps 999999: must be less than max_steps"),
+        ("--bf16 perhaps", "bf16 'perhaps': must be of type bool or null"),
+        ("--report_to wanddb", "report_to 'wanddb': did you mean wandb?"),
+        ("--config nowhere.yaml", "config nowhere.yaml: no such file"),
+        ("--validation_split_percentage 100", "validation_split_percentage 100.0: must be"),
+        ("stray", "stray: unknown option"),
+    ],
+)
+def test_mistakes_are_named(words, message):
+    flag, *value = words.split(" ", 1)
+    with pytest.raises(UserError) as error:
+        parse_arguments([flag, *value])
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rate: [1]", "learning_rate [1]: must be of type float"),
+        ("learnin_rate: 1", "learnin_rate: unknown option; did you mean learning_rate?"),
+        ("- 1", "must be a table of option: value"),
+        ("a: b: c", "not readable as YAML"),
+        ("stages: 5", "stages 5: must be of type"),
+        ("vocab_size: true", "vocab_size True: must be of type int"),
+    ],
+)
+def test_mistakes_in_yaml_are_named(tmp_path, text, message):
+    config = tmp_path / "run.yaml"
+    config.write_text(text)
+    with pytest.raises(UserError) as error:
+        parse_arguments(["--config", str(config)])
+    assert message in str(error.value)
+
+
+def test_help_lists_every_option_with_its_default():
+    command = [sys.executable, str(ROOT / "recipes" / "pretrain.py"), "--help"]
+    text = " ".join(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    for words in ("--mlm_probability VALUE Share of the tokens that is selected for prediction. [0.15]",
+                  "--norm_placement VALUE norm_placement of BertLnConfig. [pre]"):  # fmt: skip
+        assert words in text

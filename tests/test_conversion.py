@@ -1,0 +1,162 @@
+"""Conversions, judged by the outputs of the stock classes."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from model_fixtures import HEADS, SIZES, batch, head_inputs, ours, randomise, stock
+from test_loading import save_tokenizer
+from transformers import AutoTokenizer, BertConfig
+
+import bert_ln
+from bert_ln.conversion import convert, main
+
+CASES = {
+    "bert": ("Bert", {"placement": "post"}, HEADS),
+    "megatron-bert": ("MegatronBert", {"placement": "pre", "embedding_norm": False}, HEADS),
+    "roberta-prelayernorm": (
+        "RobertaPreLayerNorm",
+        {"placement": "pre"},
+        tuple(head for head in HEADS if head not in ("ForPreTraining", "ForNextSentencePrediction")),
+    ),
+}
+PAIRS = [(family, head) for family, (_, _, heads) in CASES.items() for head in heads]
+
+
+def assert_same_outputs(model, other, head):
+    """Equal outputs on a batch without padding, whose positions RoBERTa counts in another way."""
+    inputs = head_inputs(head)
+    inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    mine, theirs = model.eval()(**inputs), other.eval()(**inputs)
+    names = [name for name in mine if name in theirs]
+    assert (
+        "logits" in names
+        or "last_hidden_state" in names
+        or "prediction_logits" in names
+        or "start_logits" in names
+    )
+    for name in names:
+        torch.testing.assert_close(theirs[name], mine[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "head"), PAIRS)
+def test_to_stock_and_back(tmp_path, family, head):
+    prefix, settings, _ = CASES[family]
+    model = randomise(ours(head, **settings, num_labels=2, layer_norm_eps=1e-6))
+    model.save_pretrained(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "stock", family)
+    theirs, info = getattr(transformers, prefix + head).from_pretrained(
+        tmp_path / "stock", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert theirs.config.layer_norm_eps == 1e-6
+    assert not list((tmp_path / "stock").glob("*.py"))
+    assert_same_outputs(model, theirs, head)
+    convert(tmp_path / "stock", tmp_path / "back", "bert_ln")
+    back = getattr(bert_ln, f"BertLn{head}").from_pretrained(tmp_path / "back")
+    state = back.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert back.config.max_position_embeddings == SIZES["max_position_embeddings"]
+    fields = ("norm_placement", "norm_type", "embedding_norm", "layer_norm_eps", "pad_token_id")
+    assert [getattr(back.config, name) for name in fields] == [getattr(model.config, name) for name in fields]
+
+
+@pytest.mark.parametrize(("family", "head"), PAIRS)
+def test_from_stock(tmp_path, family, head):
+    theirs = randomise(stock(head, family=CASES[family][0], pad_token_id=1, num_labels=2))
+    theirs.save_pretrained(tmp_path / "stock")
+    model = convert(tmp_path / "stock", tmp_path / "ours", "bert_ln")
+    loaded = getattr(bert_ln, f"BertLn{head}").from_pretrained(tmp_path / "ours")
+    assert type(loaded) is type(model)
+    assert_same_outputs(loaded, theirs, head)
+
+
+def test_roberta_with_padding_at_the_end(tmp_path):
+    """BERT counts padding and RoBERTa does not: real tokens before it must not notice."""
+    model = randomise(ours("ForMaskedLM", "pre"))
+    model.save_pretrained(tmp_path / "ours")
+    theirs = convert(tmp_path / "ours", tmp_path / "stock", "roberta-prelayernorm")
+    inputs = batch()
+    real = inputs["attention_mask"].bool()
+    inputs["input_ids"][~real] = model.config.pad_token_id
+    torch.testing.assert_close(
+        theirs(**inputs).logits[real], model(**inputs).logits[real], rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dtype_labels_and_tokenizer_are_kept(tmp_path, dtype):
+    names = {"id2label": {0: "no", 1: "yes", 2: "maybe"}, "label2id": {"no": 0, "yes": 1, "maybe": 2}}
+    model = ours("ForSequenceClassification", "pre", embedding_norm=False, **names).to(dtype)
+    model.save_pretrained(tmp_path / "ours")
+    save_tokenizer(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "stock", "megatron-bert")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "stock")
+    assert theirs.dtype == dtype
+    assert theirs.config.id2label == names["id2label"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "stock")
+    assert tokenizer("a cats").input_ids == [2, 5, 6, 8, 3]
+
+
+def test_stock_folder_has_no_trace_of_ours(tmp_path):
+    ours("ForMaskedLM", "post").save_pretrained(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "stock", "bert")
+    config = BertConfig.from_pretrained(tmp_path / "stock")
+    assert config.architectures == ["BertForMaskedLM"]
+    assert not {"norm_placement", "norm_type", "embedding_norm", "auto_map"} & set(config.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("settings", "to", "words"),
+    [
+        ({"placement": "pre"}, "bert", "use --to roberta-prelayernorm"),
+        ({"placement": "pre"}, "megatron-bert", "use --to roberta-prelayernorm"),
+        ({"placement": "pre", "embedding_norm": False}, "roberta-prelayernorm", "use --to megatron-bert"),
+        ({"placement": "post"}, "megatron-bert", "use --to bert"),
+        ({"placement": "post", "embedding_norm": False}, "bert", "no stock architecture does"),
+        ({"placement": "pre"}, "bert_ln", "exactly one of them must be bert_ln"),
+        ({"placement": "pre", "hidden_act": "relu"}, "roberta-prelayernorm", "gelu, not hidden_act='relu'"),
+        ({"placement": "pre", "pad_token_id": None}, "roberta-prelayernorm", "pad_token_id"),
+        ({"placement": "pre", "head": "ForPreTraining"}, "roberta-prelayernorm", "no head 'ForPreTraining'"),
+        ({"placement": "post", "is_decoder": True}, "bert", "only encoders"),
+    ],
+)
+def test_refuses_what_has_no_counterpart(tmp_path, capsys, settings, to, words):
+    ours(**settings).save_pretrained(tmp_path / "ours")
+    with pytest.raises(ValueError, match=words):
+        convert(tmp_path / "ours", tmp_path / "other", to)
+    assert main([str(tmp_path / "ours"), str(tmp_path / "other"), "--to", to]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_refuses_incomplete_sources_and_used_destinations(tmp_path):
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        convert(tmp_path / "nothing", tmp_path / "new", "bert")
+    model = ours("Model", "post")
+    model.save_pretrained(tmp_path / "ours")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").touch()
+    with pytest.raises(ValueError, match="not empty"):
+        convert(tmp_path / "ours", tmp_path / "used", "bert")
+    state = model.state_dict()
+    del state["pooler.dense.weight"]
+    model.save_pretrained(tmp_path / "incomplete", state_dict=state)
+    with pytest.raises(ValueError, match="lacks weights"):
+        convert(tmp_path / "incomplete", tmp_path / "new", "bert")
+    transformers.GPT2Config().save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(ValueError, match="model_type 'gpt2'"):
+        convert(tmp_path / "gpt2", tmp_path / "new", "bert_ln")
+
+
+def test_command_line(tmp_path):
+    ours("ForMaskedLM", "post").save_pretrained(tmp_path / "ours")
+    command = [sys.executable, "-m", "bert_ln.conversion", str(tmp_path / "ours"), str(tmp_path / "stock")]
+    run = subprocess.run([*command, "--to", "bert"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "BertForMaskedLM" in run.stdout
+    again = subprocess.run([*command, "--to", "bert"], capture_output=True, text=True)
+    assert again.returncode == 2
+    assert "not empty" in again.stderr and "Traceback" not in again.stderr

@@ -1,0 +1,211 @@
+"""Folders: what loads where, what is refused, and loading without this package."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from model_fixtures import HEADS, PLACEMENTS, SIZES, batch, ours, randomise, stock
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel, BertTokenizer
+
+import bert_ln
+from bert_ln import BertLnConfig, BertLnForMaskedLM, BertLnForSequenceClassification, BertLnModel
+
+CODE = {"configuration_bert_ln.py", "modeling_bert_ln.py", "norms.py", "placements.py"}
+
+
+def save_tokenizer(folder):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "sat", "##s"]
+    backend = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    BertTokenizer(tokenizer_object=backend, vocab={word: i for i, word in enumerate(words)}).save_pretrained(
+        folder
+    )
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_save_and_load(tmp_path, head, placement):
+    model = randomise(ours(head, placement))
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", *CODE}
+    again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    state = again.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_auto_classes(tmp_path, head):
+    model = ours(head)
+    model.save_pretrained(tmp_path)
+    auto_class = getattr(transformers, f"Auto{head}" if head == "Model" else f"AutoModel{head}")
+    assert type(auto_class.from_pretrained(tmp_path)) is type(model)
+    assert type(auto_class.from_config(model.config)) is type(model)
+
+
+def test_auto_tokenizer(tmp_path):
+    ours().save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert isinstance(tokenizer, BertTokenizer)
+    assert tokenizer("a cats").input_ids == [2, 5, 6, 8, 3]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_stock_folder_loads_in_ours(tmp_path, head):
+    theirs = randomise(stock(head))
+    theirs.save_pretrained(tmp_path)
+    model = getattr(bert_ln, f"BertLn{head}").from_pretrained(tmp_path)
+    assert model.config.norm_placement == "post"
+    state = model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in theirs.state_dict().items())
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_post_ln_folder_loads_in_stock(tmp_path, head):
+    model = randomise(ours(head, "post"))
+    model.save_pretrained(tmp_path)
+    theirs, info = getattr(transformers, f"Bert{head}").from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    state = theirs.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_post_ln_folder_gives_equal_logits_in_stock(tmp_path):
+    model = randomise(ours("ForMaskedLM", "post"))
+    model.save_pretrained(tmp_path)
+    theirs = BertForMaskedLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(theirs(**batch()).logits, model(**batch()).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("settings", [{"placement": "pre"}, {"placement": "post", "embedding_norm": False}])
+@pytest.mark.parametrize("stock_class", [BertModel, BertForMaskedLM, BertConfig])
+def test_stock_refuses_what_it_would_compute_wrongly(tmp_path, settings, stock_class):
+    model = ours("ForMaskedLM", **settings)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(StrictDataclassError, match=r"layer_norm_eps[^?]*not stock BERT: norm_placement"):
+        stock_class.from_pretrained(tmp_path)
+    with pytest.raises(StrictDataclassError, match="not stock BERT"):
+        BertConfig(**model.config.to_dict())
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("how", ["keyword", "config"])
+def test_other_placement_is_refused(tmp_path, placement, how):
+    ours("ForMaskedLM", placement).save_pretrained(tmp_path)
+    other = {"post": "pre", "pre": "post"}[placement]
+    config = BertLnConfig(**SIZES, norm_placement=other)
+    settings = {"norm_placement": other} if how == "keyword" else {"config": config}
+    for model_class in (BertLnForMaskedLM, BertLnModel, BertLnForSequenceClassification):
+        with pytest.raises(ValueError, match=f"another architecture than norm_placement='{other}'"):
+            model_class.from_pretrained(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_other_embedding_norm_is_refused(tmp_path, placement):
+    ours("Model", placement, embedding_norm=False).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="embedding_norm=True"):
+        BertLnModel.from_pretrained(tmp_path, embedding_norm=True)
+
+
+def test_stock_folder_as_pre_ln_is_refused(tmp_path):
+    stock().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="norm parameters are missing"):
+        BertLnForMaskedLM.from_pretrained(tmp_path, norm_placement="pre")
+
+
+@pytest.mark.parametrize("family", ["MegatronBert", "RobertaPreLayerNorm"])
+def test_folder_of_another_family_is_refused(tmp_path, family):
+    stock("Model", family=family).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="another architecture"):
+        BertLnModel.from_pretrained(tmp_path, norm_placement="pre")
+
+
+def test_new_heads_are_allowed(tmp_path):
+    model = ours("ForMaskedLM")
+    model.save_pretrained(tmp_path)
+    classifier, info = BertLnForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert {"classifier.weight", "bert.pooler.dense.weight"} <= set(info["missing_keys"])
+    old, new = model.bert.encoder.state_dict(), classifier.bert.encoder.state_dict()
+    assert all(torch.equal(value, new[name]) for name, value in old.items())
+    assert classifier.classifier.weight.std() > 0
+
+
+def test_decoder_from_an_encoder_is_allowed(tmp_path):
+    ours("Model").save_pretrained(tmp_path)
+    model = BertLnModel.from_pretrained(tmp_path, is_decoder=True, add_cross_attention=True)
+    assert model.encoder.layer[0].crossattention.output.pre_norm.weight.eq(1).all()
+
+
+WITHOUT_PACKAGE = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("bert_ln", "recipes", "glue_eval"):
+            raise ModuleNotFoundError(f"{name} is blocked", name=name)
+
+sys.meta_path.insert(0, Blocker())
+import json, torch, transformers
+from transformers import AutoConfig, AutoTokenizer
+
+source, target, reference = sys.argv[1:]
+inputs = {name: torch.tensor(value) for name, value in json.load(open(reference)).items()}
+expected = inputs.pop("logits")
+seen = []
+heads = "MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering"
+for head in ("", *("For" + name for name in heads)):
+    auto_class = getattr(transformers, "AutoModel" + head)
+    model = auto_class.from_pretrained(source, trust_remote_code=True).eval()
+    assert type(model).__module__.startswith("transformers_modules."), type(model)
+    outputs = model(**inputs)
+    if head == "ForMaskedLM":
+        torch.testing.assert_close(outputs.logits, expected)
+    # A copy saved from here must be complete: it loads again, from its own folder.
+    copy = f"{target}/{head or 'Base'}"
+    model.save_pretrained(copy)
+    again = auto_class.from_pretrained(copy, trust_remote_code=True).eval()
+    torch.testing.assert_close(again(**inputs)[0], outputs[0])
+    auto_map = json.load(open(copy + "/config.json"))["auto_map"]
+    assert "modeling_bert_ln.BertLn" + (head or "Model") in auto_map.values(), auto_map
+    seen.append(head)
+AutoConfig.from_pretrained(source, trust_remote_code=True).save_pretrained(target + "/config_only")
+assert len(AutoTokenizer.from_pretrained(source, trust_remote_code=True)) == 9
+# Without trust too: a tokenizer needs no custom code. The loader would ask, and nobody answers.
+assert len(AutoTokenizer.from_pretrained(source)) == 9
+assert "bert_ln" not in sys.modules
+print("loaded", len(seen))
+"""
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_folder_is_complete_without_this_package(tmp_path, placement):
+    source, target, elsewhere = tmp_path / "source", tmp_path / "target", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    model = randomise(ours("ForMaskedLM", placement))
+    model.save_pretrained(source)
+    save_tokenizer(source)
+    inputs = batch()
+    values = inputs | {"logits": model(**inputs).logits.detach()}
+    reference = tmp_path / "reference.json"
+    reference.write_text(json.dumps({name: value.tolist() for name, value in values.items()}))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {
+        "HF_HUB_OFFLINE": "1",
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "HF_HOME": str(tmp_path),
+    }
+    command = [sys.executable, "-c", WITHOUT_PACKAGE, str(source), str(target), str(reference)]
+    run = subprocess.run(
+        command, cwd=elsewhere, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    assert run.returncode == 0, run.stderr
+    assert "loaded 5" in run.stdout
+    for copy in ("Base", "ForMaskedLM", "config_only"):
+        assert {path.name for path in Path(target / copy).iterdir()} >= CODE
