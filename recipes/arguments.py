@@ -23,7 +23,8 @@ class DataArguments:
     """Where text comes from and how it becomes blocks of token ids."""
 
     dataset_name: str | None = None
-    """Dataset on the Hub with its namespace, such as Salesforce/wikitext; None takes train_file or the embedded corpus."""
+    """Dataset on the Hub with its namespace, such as Salesforce/wikitext; None takes train_file or the
+    embedded corpus."""
     dataset_config_name: str | None = None
     """Configuration of the Hub dataset, such as 20231101.en."""
     dataset_split: str = "train"
@@ -35,13 +36,16 @@ class DataArguments:
     validation_file: str | None = None
     """Validation text, likewise; without it documents are set aside from the training corpus."""
     corpora: list[dict[str, Any]] | None = None
-    """Several corpora: a list of {dataset_name | train_file, ..., weight}; weight = passes per epoch (default 1)."""
+    """Several corpora: a list of {dataset_name | train_file, ..., weight}; weight = passes per epoch
+    (default 1)."""
     text_column_name: str = "text"
     """Column that holds the text of a document in .jsonl, .parquet, .csv and Hub datasets."""
     sample_by: str | None = None
-    """What a document is in .txt: document (a file), paragraph (up to a blank line) or line; None: document where there are several files, else paragraph."""
+    """What a document is in .txt: document (a file), paragraph (up to a blank line) or line; None:
+    document where there are several files, else paragraph."""
     validation_split_percentage: float | None = None
-    """Share of the documents set aside for validation; None: 0.5 (199:1), but at least 20 documents and 50,000 words."""
+    """Share of the documents set aside for validation; None: 0.5 (199:1), but at least 20 documents and
+    50,000 words."""
     token_store: str | None = None
     """Folder of a finished token store, which brings its tokenizer: no corpus is read."""
     tokenizer_name: str | None = None
@@ -85,7 +89,8 @@ class OptimizationArguments:
     gradient_accumulation_steps: int = 1
     """Micro-batches of an update."""
     stages: list[dict[str, Any]] | None = None
-    """Table of {steps, max_seq_length, per_device_train_batch_size, gradient_accumulation_steps} one after the other, such as 128 then 512."""
+    """Table of {steps, max_seq_length, per_device_train_batch_size, gradient_accumulation_steps} one
+    after the other, such as 128 then 512."""
     optim: str = "adamw_torch_fused"
     """Optimiser: adamw_torch, adamw_torch_fused."""
     learning_rate: float = 1e-4
@@ -95,7 +100,8 @@ class OptimizationArguments:
     lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
     """num_decay_steps (default a tenth of max_steps) and min_lr_ratio of warmup_stable_decay."""
     warmup_steps: int = 0
-    """Updates over which the learning rate rises linearly to its peak; Post-LN needs them, Pre-LN does not."""
+    """Updates over which the learning rate rises linearly to its peak; Post-LN needs them, Pre-LN does
+    not."""
     weight_decay: float = 0.01
     """Decoupled decay, not on norms and biases."""
     adam_beta1: float = 0.9
@@ -233,7 +239,9 @@ def check_arguments(args: PretrainingArguments) -> None:
         value = getattr(args, name)
         if value is not None and value not in allowed:
             hint = nearest(value, allowed)
-            raise UserError(f"{name} {value!r}: {hint if 'mean' in hint else 'allowed: ' + ', '.join(allowed)}")
+            raise UserError(
+                f"{name} {value!r}: {hint if 'mean' in hint else 'allowed: ' + ', '.join(allowed)}"
+            )
     _check_together(args)
     model_config(args, vocab_size=args.vocab_size, pad_token_id=0)
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recipes.arguments import UserError
+from recipes.files import sync, sync_tree, write_json
 
 FORMAT = 1
 MARKER = "complete.json"
@@ -60,17 +61,16 @@ def save_checkpoint(
     trainer = aside / "trainer"
     trainer.mkdir()
     torch.save(optimizer.state_dict(), trainer / "optimizer.pt")
-    _write_json(trainer / "state.json", asdict(state))
-    _write_json(trainer / "run.json", record)
+    write_json(trainer / "state.json", asdict(state))
+    write_json(trainer / "run.json", record)
     marker = {"format": FORMAT, "step": state.step, "files": checksums(aside)}
-    _sync_tree(aside)
-    _write_json(aside / MARKER, marker)
-    _sync(aside / MARKER)
-    _sync(aside)
+    sync_tree(aside)
+    write_json(aside / MARKER, marker)
+    sync(aside)
     if final.exists():  # torn, or damaged and therefore not resumed from
         shutil.rmtree(final)
     os.replace(aside, final)
-    _sync(output_dir)
+    sync(output_dir)
     return final
 
 
@@ -161,22 +161,3 @@ def checksums(folder: Path) -> dict[str, str]:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _write_json(file: Path, value: Any) -> None:
-    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    """Flush a file, or the entries of a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,6 +6,7 @@ import inspect
 import textwrap
 import types
 from dataclasses import MISSING, Field, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -99,14 +100,14 @@ def _field_docstrings(group: type) -> dict[str, str]:
     body = ast.parse(textwrap.dedent(inspect.getsource(group))).body[0].body
     return {
         node.target.id: following.value.value
-        for node, following in zip(body, body[1:], strict=False)
+        for node, following in pairwise(body)
         if isinstance(node, ast.AnnAssign)
     }
 
 
 def _help(option: Field, docstring: str) -> str:
     default = option.default if option.default is not MISSING else option.default_factory()
-    return f"{docstring} [{default}]".replace("%", "%%")
+    return f"{' '.join(docstring.split())} [{default}]".replace("%", "%%")
 
 
 def _build_parser() -> argparse.ArgumentParser:

@@ -40,9 +40,10 @@ def check_num_processes(obtained: int, asked: int | None) -> None:
     launcher = _processes_told_to_launcher()
     for source, number in (("num_processes", asked), ("the launcher's num_processes", launcher)):
         if number is not None and number != obtained:
+            run = "process runs" if obtained == 1 else "processes run"
             raise UserError(
-                f"{source} {number}: but {obtained} process{'es run' if obtained > 1 else ' runs'}. On CPU start "
-                f"several with: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {number} ..."
+                f"{source} {number}: but {obtained} {run}. To start several on CPU: "
+                f"ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {number} ..."
             )
 
 
@@ -91,7 +92,9 @@ def _launcher() -> tuple[list[str], dict[str, str]] | None:
         words, environment = parent.cmdline(), parent.environ()
     except psutil.Error:
         return None
-    if not any(name in word for word in words[:4] for name in ("accelerate", "torchrun", "torch.distributed")):
+    if not any(
+        name in word for word in words[:4] for name in ("accelerate", "torchrun", "torch.distributed")
+    ):
         return None
     script = next((i for i, word in enumerate(words) if word == sys.argv[0]), len(words))
     return words[:script], environment

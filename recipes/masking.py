@@ -96,7 +96,9 @@ class Masker:
         rank = np.argsort(np.argsort(np.where(maskable, luck, 2.0), axis=1), axis=1)
         return rank < budget[:, None]
 
-    def _replace(self, blocks: np.ndarray, decision_of: np.ndarray, key: tuple[np.ndarray, ...]) -> np.ndarray:
+    def _replace(
+        self, blocks: np.ndarray, decision_of: np.ndarray, key: tuple[np.ndarray, ...]
+    ) -> np.ndarray:
         decision = uniform(MASK_DECISION, *key, decision_of)
         bits = random_bits(MASK_REPLACEMENT, *key, np.arange(blocks.shape[1])[None])
         random_token = self.replacements[(bits % np.uint64(len(self.replacements))).astype(np.int64)]

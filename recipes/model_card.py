@@ -8,7 +8,8 @@ from huggingface_hub import ModelCard, ModelCardData
 TEXT = """\
 # {name}
 
-A BERT encoder with `norm_placement: {norm_placement}` and `norm_type: {norm_type}`, pre-trained on masked tokens.
+A BERT encoder, pre-trained on masked tokens, with `norm_placement: {norm_placement}` and
+`norm_type: {norm_type}`.
 
 ```python
 from transformers import AutoModelForMaskedLM, AutoTokenizer

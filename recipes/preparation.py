@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from recipes.arguments import PretrainingArguments, UserError
 from recipes.corpus import open_corpora
-from recipes.run_record import write_json
+from recipes.files import write_json
 from recipes.stages import Stage
 from recipes.token_store import TokenStore, build_token_store
 from recipes.tokenization import prepare_tokenizer, tokenizer_fingerprint
@@ -64,9 +64,7 @@ def _prepare(args: PretrainingArguments, stages: list[Stage], needed_tokens: int
     stores = []
     for corpus in corpora:
         share = int(needed_tokens * corpus.weight / total) + 1
-        store = build_token_store(
-            corpus, tokenizer, args.cache_dir, share, max_unk_rate=args.max_unk_rate
-        )
+        store = build_token_store(corpus, tokenizer, args.cache_dir, share, max_unk_rate=args.max_unk_rate)
         stores.append(str(store.path))
     return {"stores": stores, "weights": [corpus.weight for corpus in corpora]}
 

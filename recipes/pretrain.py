@@ -11,7 +11,8 @@ On your own text, and Post-LN with its warm-up instead:
 
 The real thing, BERT-base on Wikipedia and books with 8 GPUs (needs the Hub):
 
-    accelerate launch --multi_gpu --num_processes 8 recipes/pretrain.py --config recipes/configs/bert_base_wikipedia.yaml
+    accelerate launch --multi_gpu --num_processes 8 recipes/pretrain.py \\
+        --config recipes/configs/bert_base_wikipedia.yaml
 
 Two processes on CPU:
 

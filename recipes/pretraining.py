@@ -21,7 +21,6 @@ from recipes.arguments import PretrainingArguments, UserError, model_config
 from recipes.batches import BlockReader, TrainingBatches
 from recipes.budget import (
     ASSUMED_MFU,
-    Peak,
     clock,
     describe_attention,
     describe_model,
@@ -36,12 +35,13 @@ from recipes.checkpointing import (
     save_checkpoint,
     write_model,
 )
+from recipes.files import write_json
 from recipes.launch import check_num_processes, set_threads
 from recipes.masking import Masker
 from recipes.model_card import write_model_card
 from recipes.optimization import build_optimizer
-from recipes.preparation import PreparedData, needed_tokens, prepare_data
-from recipes.run_record import Metrics, check_same_run, describe_run, differences, write_json
+from recipes.preparation import needed_tokens, prepare_data
+from recipes.run_record import Metrics, check_same_run, describe_run, differences
 from recipes.stages import Stage, build_stages
 from recipes.token_store import unigram_cross_entropy
 from recipes.training import Trainer
@@ -78,7 +78,9 @@ def _build_accelerator(args: PretrainingArguments) -> Accelerator:
         mixed_precision="no",
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=args.output_dir,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        ],
     )
 
 
@@ -205,7 +207,9 @@ class Run:
     def _check_checkpoint(self, folder: Path) -> None:
         different = differences(self.record, json.loads((folder / "trainer" / "run.json").read_text()))
         if different:
-            raise UserError(f"resume_from_checkpoint {folder}: is of a different run ({'; '.join(different)})")
+            raise UserError(
+                f"resume_from_checkpoint {folder}: is of a different run ({'; '.join(different)})"
+            )
 
     def _start_tracker(self) -> None:
         options = {k: v for k, v in self.args.to_dict().items() if isinstance(v, (int, float, str, bool))}
@@ -227,14 +231,15 @@ class Run:
         self.print(
             f"model       {describe_model(self.model)}",
             *(f"data        {line}" for line in self._describe_data()),
-            f"updates     {args.max_steps:,} of {per_update} tokens = {tokens / 1e6:.1f} M tokens, {epochs:.2f} epochs",
+            f"updates     {args.max_steps:,} of {per_update} tokens = {tokens / 1e6:.1f} M tokens, "
+            f"{epochs:.2f} epochs",
             f"cost        {flops:.3g} FLOP left; about {clock(seconds)} at {ASSUMED_MFU:.0%} of "
             f"{self.peak.flops / 1e9:,.0f} GFLOP/s ({self.peak.source})",
             f"processes   {processes} on {self.accelerator.device}, {threads}",
             f"precision   {self.precision}",
             f"attention   {describe_attention(self.model, args.attn_implementation, args.isolate_documents)}",
             f"validation  {v.blocks} blocks, {v.masked_tokens:,} masked tokens, masks {v.mask_fingerprint}",
-            f"loss        expected at first ln({self.config.vocab_size}) = {math.log(self.config.vocab_size):.2f}; "
+            f"loss        expected at first ln V = {math.log(self.config.vocab_size):.2f}; "
             f"without context at best {self.unigram_cross_entropy:.2f} (unigram cross-entropy)",
             "",
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.arguments import PretrainingArguments, UserError
+from recipes.files import sync
 from recipes.stages import Stage
 
 # Options that change neither the weights nor the figures of a run, so that it may be continued with others.
@@ -32,7 +33,9 @@ FACTS = ("updates", "corpus_fingerprints", "tokenizer_fingerprint", "mask_finger
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
 
 
-def describe_run(args: PretrainingArguments, stages: list[Stage], num_processes: int, **facts: Any) -> dict[str, Any]:
+def describe_run(
+    args: PretrainingArguments, stages: list[Stage], num_processes: int, **facts: Any
+) -> dict[str, Any]:
     """The contents of run.json: options, versions, commit, and `facts` (fingerprints, world, entropy)."""
     return {
         "options": args.to_dict(),
@@ -52,7 +55,7 @@ def describe_run(args: PretrainingArguments, stages: list[Stage], num_processes:
 
 
 def differences(ours: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """What makes `other` a different run than `ours`, one line each (options, batches, fingerprints, model)."""
+    """What makes `other` a different run than `ours`: options, batches, fingerprints, model; one line each."""
     mine, theirs = _identity(ours), _identity(other)
     # What is not known yet on either side (fingerprints, before the data is prepared) is not compared.
     both = [name for name in mine if name in theirs or name in ours["options"]]
@@ -80,13 +83,17 @@ def check_same_run(output_dir: Path, ours: dict[str, Any]) -> dict[str, Any] | N
     _check_writable(output_dir)
     if not file.exists():
         if output_dir.exists() and any(output_dir.iterdir()):
-            raise UserError(f"output_dir {output_dir}: holds files but no run; choose an empty or a new folder")
+            raise UserError(
+                f"output_dir {output_dir}: holds files but no run; choose an empty or a new folder"
+            )
         return None
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         different = differences(ours, found)
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"output_dir {output_dir}: its run.json is not readable; choose another folder") from None
+        raise UserError(
+            f"output_dir {output_dir}: its run.json is not readable; choose another folder"
+        ) from None
     if different:
         raise UserError(
             f"output_dir {output_dir}: holds a different run ({'; '.join(different)}); choose another folder"
@@ -98,13 +105,6 @@ def _check_writable(folder: Path) -> None:
     existing = next(f for f in (folder, *folder.absolute().parents) if f.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"output_dir {folder}: {existing} is no folder that can be written to")
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Replace a file by `value` as JSON: whole or not at all."""
-    aside = file.with_name(f".{file.name}.partial")
-    aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(aside, file)
 
 
 class Metrics:
@@ -135,6 +135,7 @@ class Metrics:
         kept = [line for line in self.lines() if line["step"] <= step]
         aside = self.file.with_name(f".{self.file.name}.partial")
         aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        sync(aside)
         os.replace(aside, self.file)
 
 

@@ -27,7 +27,8 @@ from transformers import PreTrainedTokenizerBase
 
 from recipes.arguments import UserError
 from recipes.corpus import Corpus, content_hash
-from recipes.tokenization import cached_folder, make_cache_dir, tokenizer_fingerprint
+from recipes.files import cached_folder, make_cache_dir
+from recipes.tokenization import tokenizer_fingerprint
 
 FORMAT = 1
 SPLITS = ("train", "validation")
@@ -191,17 +192,15 @@ def build_token_store(
     tokenizer: PreTrainedTokenizerBase,
     cache_dir: str,
     needed_tokens: int | None = None,
-    is_main: bool = True,
     max_unk_rate: float = 0.01,
 ) -> TokenStore:
-    """The token store of a corpus: opened if it is in `cache_dir`, built there by the main process if not.
+    """The token store of a corpus: opened if it is in `cache_dir`, built there if not.
 
     Args:
         corpus: where the text comes from.
         tokenizer: a fast tokenizer with [CLS], [SEP] and [UNK].
         cache_dir: where stores are kept.
         needed_tokens: training tokens at which reading a stream ends; other corpora are read whole.
-        is_main: whether this process builds; the others wait.
         max_unk_rate: largest share of [UNK] among the tokens.
 
     Raises:
@@ -213,7 +212,7 @@ def build_token_store(
     build = partial(
         _build, corpus=corpus, tokenizer=tokenizer, about=about, needed=needed, limit=max_unk_rate
     )
-    store = TokenStore.open(cached_folder(folder, build, is_main))
+    store = TokenStore.open(cached_folder(folder, build))
     for split in SPLITS:
         _check_unk(store.about["splits"][split]["unk"], store.tokens(split), max_unk_rate, corpus.name)
     return store

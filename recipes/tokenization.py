@@ -2,12 +2,8 @@
 
 import hashlib
 import json
-import os
-import shutil
-import socket
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +14,7 @@ from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
 from recipes.arguments import DataArguments, UserError
 from recipes.corpus import HUB_TIMEOUT, Corpus
+from recipes.files import cached_folder, make_cache_dir
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 NEEDED_TOKENS = ("mask_token", "cls_token", "sep_token", "pad_token", "unk_token")
@@ -27,27 +24,23 @@ MIN_FREQUENCY = 2  # of a pair of pieces that is merged
 MAX_TRAINING_CHARACTERS = 500_000_000
 FORMAT = 1
 
-STALE_SECONDS = 3600.0  # without a change, a folder in the making has been given up
-POLL_SECONDS = 0.2
-
 
 def prepare_tokenizer(
-    data: DataArguments, corpora: list[Corpus], max_length: int | None = None, is_main: bool = True
+    data: DataArguments, corpora: list[Corpus], max_length: int | None = None
 ) -> PreTrainedTokenizerBase:
     """The tokenizer `tokenizer_name`, or one trained on the training documents.
 
-    A trained tokenizer is kept in `cache_dir`; it is trained by the main process, the others wait.
+    A trained tokenizer is kept in `cache_dir`.
 
     Args:
         data: options.
         corpora: where the text comes from.
         max_length: tokens in the longest block; None: `max_seq_length`.
-        is_main: whether this process trains.
 
     Raises:
         UserError: the tokenizer cannot be loaded, trained or used.
     """
-    tokenizer = _load(data.tokenizer_name or str(_trained(data, corpora, is_main)))
+    tokenizer = _load(data.tokenizer_name or str(_trained(data, corpora)))
     tokenizer.model_max_length = max_length or data.max_seq_length
     return tokenizer
 
@@ -107,7 +100,7 @@ def _check(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
 # --- Training ---------------------------------------------------------------------------------------
 
 
-def _trained(data: DataArguments, corpora: list[Corpus], is_main: bool) -> Path:
+def _trained(data: DataArguments, corpora: list[Corpus]) -> Path:
     """Folder of the tokenizer that belongs to these corpora and settings."""
     if data.vocab_size < MIN_VOCABULARY:
         raise UserError(f"vocab_size {data.vocab_size}: too small; at least {MIN_VOCABULARY} are needed")
@@ -119,7 +112,7 @@ def _trained(data: DataArguments, corpora: list[Corpus], is_main: bool) -> Path:
     def build(aside: Path) -> None:
         train_tokenizer(corpora, data.vocab_size, data.do_lower_case).save_pretrained(aside)
 
-    return cached_folder(folder, build, is_main)
+    return cached_folder(folder, build)
 
 
 def train_tokenizer(corpora: list[Corpus], vocab_size: int, do_lower_case: bool) -> PreTrainedTokenizerBase:
@@ -183,96 +176,3 @@ def _training_texts(corpora: list[Corpus], description: str) -> Iterator[str]:
                 left -= len(text)
                 progress.update(len(text))
                 yield text
-
-
-# --- Folders that are complete or absent ------------------------------------------------------------
-
-
-def make_cache_dir(cache_dir: str) -> Path:
-    """The cache folder, made if need be."""
-    try:
-        Path(cache_dir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cache_dir {cache_dir}: {error.strerror}; give a folder that can be made") from error
-    return Path(cache_dir)
-
-
-def cached_folder(folder: Path, build: Callable[[Path], None], is_main: bool) -> Path:
-    """`folder`, which `build` fills beside it before it gets its name; nothing is built if it exists.
-
-    Processes that are not main wait for the main one without a collective, which would time out. Where
-    several processes build the same folder, the first to finish wins.
-
-    Raises:
-        TimeoutError: another process was waited for, and nothing changed for `STALE_SECONDS`.
-    """
-    if not folder.exists():
-        if is_main:
-            _build_aside(folder, build)
-        else:
-            _wait_for(folder)
-    return folder
-
-
-def _build_aside(folder: Path, build: Callable[[Path], None]) -> None:
-    """Build in a folder of our own, then rename."""
-    for other in _asides(folder):
-        if _is_stale(other):
-            shutil.rmtree(other, ignore_errors=True)
-    aside = folder.with_name(f"{folder.name}.tmp-{os.getpid()}-{socket.gethostname()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
-        build(aside)
-        _sync(aside)
-        os.replace(aside, folder)
-    except OSError:
-        if not folder.exists():  # else another process finished the same folder meanwhile
-            raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    _sync(folder.parent, files=False)
-
-
-def _sync(folder: Path, files: bool = True) -> None:
-    """Make sure that a folder, and its files, survive a power cut."""
-    for path in [*(folder.rglob("*") if files else ()), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _asides(folder: Path) -> list[Path]:
-    """Folders in the making, of any process."""
-    return list(folder.parent.glob(f"{folder.name}.tmp-*"))
-
-
-def _is_stale(aside: Path) -> bool:
-    """Whether the process that made a folder is gone."""
-    pid, host = aside.name.rpartition(".tmp-")[2].split("-", 1)
-    if host == socket.gethostname() and not Path(f"/proc/{pid}").exists():
-        return True
-    return time.time() - _last_change(aside) > STALE_SECONDS
-
-
-def _last_change(folder: Path) -> float:
-    """Newest modification time of a folder and its files, seconds since the epoch; 0 if it is gone."""
-    try:
-        return max(path.stat().st_mtime for path in [folder, *folder.iterdir()])
-    except FileNotFoundError:
-        return 0.0
-
-
-def _wait_for(folder: Path) -> None:
-    """Wait until the main process has finished `folder`."""
-    started = time.time()
-    while not folder.exists():
-        changed = max([started, *map(_last_change, _asides(folder))])
-        if time.time() - changed > STALE_SECONDS:
-            raise TimeoutError(
-                f"{folder} was waited for, but nothing has changed beside it for {STALE_SECONDS:.0f} s: "
-                "the main process has stopped, or cache_dir is not shared by all machines"
-            )
-        time.sleep(POLL_SECONDS)

@@ -48,9 +48,7 @@ class Trainer:
     def train(self) -> None:
         """Update until `max_steps`, from wherever `state` stands."""
         self._start_clocks()
-        updates = self.batches.updates(
-            self.state.step, self.args.max_steps, self.args.dataloader_num_workers
-        )
+        updates = self.batches.updates(self.state.step, self.args.max_steps, self.args.dataloader_num_workers)
         for micro_batches in updates:
             self._set_learning_rate()
             grad_norm = self._update(micro_batches)
@@ -71,7 +69,7 @@ class Trainer:
             group["lr"] = self.learning_rate
 
     def _update(self, micro_batches: list[Batch]) -> torch.Tensor:
-        """One update from all micro-batches; returns the gradient norm before clipping, still on the device."""
+        """One update; returns the gradient norm before clipping, still on the device."""
         self._seed_dropout()
         count = self._global_count(micro_batches)
         for i, batch in enumerate(micro_batches):

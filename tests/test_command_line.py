@@ -25,8 +25,12 @@ def test_without_a_config_it_is_the_default_run():
 
 
 def test_words_become_values():
-    words = "--bf16 --torch_compile false --resume_from_checkpoint --learning_rate 1e-3 --embedding_norm false"
-    words += " --save_total_limit none --num_processes 1 --train_file 2024 --lr_scheduler_type warmup_stable_decay"
+    words = (
+        "--bf16 --torch_compile false --resume_from_checkpoint --learning_rate 1e-3 --embedding_norm false"
+    )
+    words += (
+        " --save_total_limit none --num_processes 1 --train_file 2024 --lr_scheduler_type warmup_stable_decay"
+    )
     args = parse_arguments([*words.split(), "--lr_scheduler_kwargs", "{num_decay_steps: 5}"])
     assert args.bf16 is True
     assert args.torch_compile is False

@@ -188,6 +188,7 @@ def test_embedding_norm_is_a_switch():
 def test_dropout_is_inside_the_branch(placement):
     """With everything dropped, Pre-LN is the identity on the stream and Post-LN only normalises it."""
     layer = ours("Model", placement, hidden_dropout_prob=1.0).encoder.layer[0].train()
+    nn.init.ones_(layer.output.dense.bias)  # dropout comes after the bias
     x = torch.randn(2, 5, SIZES["hidden_size"])
     expected = F.layer_norm(x, (SIZES["hidden_size"],), eps=1e-12) if placement == "post" else x
     torch.testing.assert_close(layer(x), expected)

@@ -21,7 +21,9 @@ def ours(**options):
 
 def stock(name, warmup_steps, **specific):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2e-3)
-    scheduler = get_scheduler(name, optimizer, warmup_steps, STEPS, scheduler_specific_kwargs=specific or None)
+    scheduler = get_scheduler(
+        name, optimizer, warmup_steps, STEPS, scheduler_specific_kwargs=specific or None
+    )
     rates = []
     for _ in range(STEPS):
         rates.append(scheduler.get_last_lr()[0])

@@ -353,9 +353,3 @@ def test_processes_that_build_at_once_end_with_one_good_store(tmp_path):
     assert [result(*build) for build in builds] == [160, 160]
     [folder] = tmp_path.iterdir()
     assert TokenStore.open(folder).tokens("train") == 160
-
-
-def test_waiting_process_gets_the_store_of_the_main_one(tmp_path):
-    build = start_build(tmp_path, pause=0.005)
-    store = build_token_store(make_corpus([]), TOKENIZER, str(tmp_path), is_main=False)
-    assert store.tokens("train") == result(*build) == 160

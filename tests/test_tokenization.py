@@ -1,7 +1,5 @@
 """The tokenizer: trained reproducibly, kept, loaded, and refused where it would spoil a run."""
 
-import subprocess
-import sys
 import time
 
 import pytest
@@ -10,7 +8,7 @@ from transformers import AutoTokenizer, BertTokenizer
 from recipes import tokenization
 from recipes.arguments import DataArguments, UserError
 from recipes.corpus import Corpus, Source, open_corpora
-from recipes.tokenization import cached_folder, prepare_tokenizer, tokenizer_fingerprint, train_tokenizer
+from recipes.tokenization import prepare_tokenizer, tokenizer_fingerprint, train_tokenizer
 
 TEXT = (
     "The quick brown fox jumps over the lazy dog. Foxes were jumping; dogs lay lazily, quickly sleeping. "
@@ -118,37 +116,6 @@ def test_fingerprint_ignores_use(options):
     before = tokenizer_fingerprint(tokenizer)
     tokenizer([TEXT, "short"], truncation=True, max_length=8, padding=True)
     assert tokenizer_fingerprint(tokenizer) == before
-
-
-def test_a_failed_build_leaves_nothing(tmp_path):
-    def fail(folder):
-        (folder / "half").write_text("half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        cached_folder(tmp_path / "x", fail, is_main=True)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_leftovers_of_dead_processes_are_removed_and_of_living_ones_kept(tmp_path):
-    import os
-    import socket
-
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    names = [f"x.tmp-{dead.pid}-{socket.gethostname()}", f"x.tmp-{os.getppid()}-{socket.gethostname()}"]
-    for name in [*names, "x.tmp-1-elsewhere", "x.tmp-2-elsewhere"]:
-        (tmp_path / name).mkdir()
-    os.utime(tmp_path / "x.tmp-2-elsewhere", (0, 0))
-    cached_folder(tmp_path / "x", lambda folder: (folder / "whole").write_text(""), is_main=True)
-    assert {path.name for path in tmp_path.iterdir()} == {"x", names[1], "x.tmp-1-elsewhere"}
-
-
-def test_waiting_ends_with_an_error_where_nothing_happens(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenization, "STALE_SECONDS", 0.1)
-    monkeypatch.setattr(tokenization, "POLL_SECONDS", 0.01)
-    with pytest.raises(TimeoutError, match="main process"):
-        cached_folder(tmp_path / "x", lambda folder: None, is_main=False)
 
 
 # --- Loading ----------------------------------------------------------------------------------------

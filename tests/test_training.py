@@ -46,7 +46,9 @@ def tiny_model(**options):
 
 def one_update(tiny, micro_batch_size, batch):
     """Gradient norm and weights after one update in micro-batches of that size."""
-    micro = [{k: v[i : i + micro_batch_size] for k, v in batch.items()} for i in range(0, ROWS, micro_batch_size)]
+    micro = [
+        {k: v[i : i + micro_batch_size] for k, v in batch.items()} for i in range(0, ROWS, micro_batch_size)
+    ]
 
     class Batches:
         def updates(self, *_):
@@ -242,7 +244,12 @@ def test_learning_rate_with_two_processes_is_the_formula(launch, tmp_path):
 def test_stages(tiny, tmp_path):
     stages = [
         {"steps": 3, "max_seq_length": 16, "per_device_train_batch_size": 4},
-        {"steps": 3, "max_seq_length": 48, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        {
+            "steps": 3,
+            "max_seq_length": 48,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+        },
     ]
     pretrain(tiny(stages=stages, max_steps=6))
     seen = [line["tokens_seen"] for line in metrics_of(tmp_path / "run", "tokens_seen")]

@@ -1,0 +1,96 @@
+"""Files and folders that are complete or absent, and survive a power cut."""
+
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from recipes.arguments import UserError
+
+# Without a change for so long, a folder in the making has been given up.
+STALE_SECONDS = 3600.0
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Replace a file by `value` as JSON: whole or not at all."""
+    aside = file.with_name(f".{file.name}.partial")
+    aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    sync(aside)
+    os.replace(aside, file)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush a folder and everything in it."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
+def make_cache_dir(cache_dir: str) -> Path:
+    """The cache folder, made if need be.
+
+    Raises:
+        UserError: It cannot be made.
+    """
+    try:
+        Path(cache_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cache_dir {cache_dir}: {error.strerror}; give a folder that can be made") from error
+    return Path(cache_dir)
+
+
+def cached_folder(folder: Path, build: Callable[[Path], None]) -> Path:
+    """`folder`, which `build` fills beside it before it gets its name; nothing is built if it exists.
+
+    Where several processes build the same folder, the first to finish wins.
+    """
+    if not folder.exists():
+        _build_aside(folder, build)
+    return folder
+
+
+def _build_aside(folder: Path, build: Callable[[Path], None]) -> None:
+    for other in folder.parent.glob(f"{folder.name}.tmp-*"):
+        if _is_stale(other):
+            shutil.rmtree(other, ignore_errors=True)
+    aside = folder.with_name(f"{folder.name}.tmp-{os.getpid()}-{socket.gethostname()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        build(aside)
+        sync_tree(aside)
+        os.replace(aside, folder)
+    except OSError:
+        if not folder.exists():  # else another process finished the same folder meanwhile
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    sync(folder.parent)
+
+
+def _is_stale(aside: Path) -> bool:
+    """Whether the process that made a folder is gone."""
+    pid, host = aside.name.rpartition(".tmp-")[2].split("-", 1)
+    if host == socket.gethostname() and Path("/proc").exists() and not Path(f"/proc/{pid}").exists():
+        return True
+    return time.time() - _last_change(aside) > STALE_SECONDS
+
+
+def _last_change(folder: Path) -> float:
+    """Newest modification time of a folder and its files, seconds since the epoch; 0 if it is gone."""
+    try:
+        return max(path.stat().st_mtime for path in [folder, *folder.iterdir()])
+    except FileNotFoundError:
+        return 0.0
