@@ -50,8 +50,9 @@ class DataArguments:
     """Folder of a finished token store, which brings its tokenizer: no corpus is read."""
     tokenizer_name: str | None = None
     """Tokenizer to load (folder or Hub id); None trains a WordPiece tokenizer on the training text."""
-    vocab_size: int = 30522
-    """Size of the vocabulary to train, and of the model's embedding when it exceeds the tokenizer's."""
+    vocab_size: int | None = None
+    """Size of the vocabulary to train (None: 30522); with a loaded tokenizer, rows of the model's embedding
+    (None: the tokenizer's size)."""
     do_lower_case: bool = True
     """Lower-case the text, when a tokenizer is trained."""
     max_unk_rate: float = 0.01
@@ -243,7 +244,7 @@ def check_arguments(args: PretrainingArguments) -> None:
                 f"{name} {value!r}: {hint if 'mean' in hint else 'allowed: ' + ', '.join(allowed)}"
             )
     _check_together(args)
-    model_config(args, vocab_size=args.vocab_size, pad_token_id=0)
+    model_config(args, vocab_size=args.vocab_size or BertLnConfig.vocab_size, pad_token_id=0)
 
 
 def _check(args: PretrainingArguments, name: str, holds: Callable[[Any], bool], words: str) -> None:

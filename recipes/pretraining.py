@@ -128,7 +128,7 @@ class Run:
         )
         self.config = model_config(
             args,
-            vocab_size=max(args.vocab_size, len(self.data.tokenizer)),
+            vocab_size=self._vocab_size(),
             pad_token_id=self.data.tokenizer.pad_token_id,
         )
         self.record = describe_run(
@@ -141,6 +141,15 @@ class Run:
             model_config=_architecture(self.config),
         )
         self.found = check_same_run(self.output_dir, self.record)
+
+    def _vocab_size(self) -> int:
+        """Rows of the embedding: the tokenizer's, or more where it was loaded and more were asked for."""
+        asked, needed = self.args.vocab_size, len(self.data.tokenizer)
+        if asked is None or not (self.args.tokenizer_name or self.args.token_store):
+            return needed  # a small text may give a smaller vocabulary than was asked for
+        if asked < needed:
+            raise UserError(f"vocab_size {asked}: the tokenizer has {needed} entries; give at least as many")
+        return asked
 
     def show_finished(self) -> bool:
         """Where the run is finished already, print its results and say so."""
@@ -199,6 +208,8 @@ class Run:
             self.print(f"Continuing from {folder}.")
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
+            if folder is not None and folder.parent != self.output_dir:
+                self.metrics.continue_from(folder.parent / "metrics.jsonl")
             self.metrics.cut_back(self.trainer.state.step)
             write_json(self.output_dir / "run.json", self.record)
             self.validation.save(self.output_dir / "validation_masks.safetensors")
@@ -250,7 +261,10 @@ class Run:
     # ---------------------------------------------------------------- during training
 
     def train(self) -> None:
-        """The loop."""
+        """The loop; the values of the last update are kept."""
+        if self.trainer.state.step == self.args.max_steps:
+            # Stopped between its last checkpoint and its end: the line is written, the values are gone.
+            self.last_values = self._validate()
         self.trainer.train()
 
     def _report(self, line: dict[str, Any]) -> None:
@@ -265,8 +279,7 @@ class Run:
         self._record(line)
 
     def _evaluate(self, state: TrainState) -> None:
-        batch_size = self.args.per_device_eval_batch_size
-        values = self.validation(self.model, self.accelerator, batch_size)
+        values = self.last_values = self._validate()
         below = self.unigram_cross_entropy - values["validation_loss"]
         self.print(
             f"step {state.step:>7,}  validation loss {values['validation_loss']:.4f}, "
@@ -274,6 +287,9 @@ class Run:
             f"{self.unigram_cross_entropy:.2f}; accuracy {values['validation_accuracy']:.1%}"
         )
         self._record({"step": state.step, **values})
+
+    def _validate(self) -> dict[str, Any]:
+        return self.validation(self.model, self.accelerator, self.args.per_device_eval_batch_size)
 
     def _record(self, line: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
@@ -305,10 +321,9 @@ class Run:
         self.accelerator.end_training()
 
     def _results(self) -> dict[str, Any]:
-        lines = self.metrics.lines()
-        last = [line for line in lines if "validation_loss" in line][-1]
+        last = self.last_values
         return {
-            "step": last["step"],
+            "step": self.trainer.state.step,
             "validation_loss": last["validation_loss"],
             "validation_accuracy": last["validation_accuracy"],
             "below_unigram_cross_entropy": self.unigram_cross_entropy - last["validation_loss"],

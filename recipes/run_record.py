@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -55,7 +56,7 @@ def describe_run(
 
 
 def differences(ours: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """What makes `other` a different run than `ours`: options, batches, fingerprints, model; one line each."""
+    """What makes `other` another run than `ours`: options, batches, fingerprints, model; one line each."""
     mine, theirs = _identity(ours), _identity(other)
     # What is not known yet on either side (fingerprints, before the data is prepared) is not compared.
     both = [name for name in mine if name in theirs or name in ours["options"]]
@@ -129,6 +130,11 @@ class Metrics:
             except ValueError:
                 continue
         return lines
+
+    def continue_from(self, other: Path) -> None:
+        """Take over what another folder's run measured, where there is nothing yet."""
+        if other.exists() and not self.file.exists():
+            shutil.copyfile(other, self.file)
 
     def cut_back(self, step: int) -> None:
         """Drop what was measured after `step`, which training is about to repeat."""

