@@ -1,11 +1,10 @@
-"""What a run costs, said before its first step: parameters, tokens, operations, time, memory."""
+"""What training costs in floating-point operations, and how many the hardware can do."""
 
 import math
 import time
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
 
 from bert_ln import BertLnConfig
 from recipes.stages import Stage
@@ -79,27 +78,3 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> 
         (a @ a)[0, 0].item()
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
-
-
-def describe_model(model: PreTrainedModel) -> str:
-    """Shape, placement and number of parameters in one line."""
-    c = model.config
-    parameters = sum(p.numel() for p in model.parameters())
-    return (
-        f"{parameters / 1e6:.1f} M parameters: {c.num_hidden_layers} layers x {c.hidden_size}, "
-        f"{c.num_attention_heads} heads, vocabulary {c.vocab_size}, norm_placement {c.norm_placement}, "
-        f"norm_type {c.norm_type}, embedding_norm {str(c.embedding_norm).lower()}"
-    )
-
-
-def describe_attention(model: PreTrainedModel, requested: str | None, isolated: bool) -> str:
-    """The attention path and why it is taken."""
-    why = "as you set" if requested else "the choice of transformers"
-    mask = "block-diagonal mask, one block a document" if isolated else "no mask: blocks are full"
-    return f"{model.config._attn_implementation} ({why}), {mask}"
-
-
-def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    seconds = round(seconds)
-    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"

@@ -1,4 +1,4 @@
-"""What the launcher gave this process, and what it should have given: threads and processes.
+"""What the launcher and the hardware give this process: threads, processes, precision.
 
 `accelerate launch` sets OMP_NUM_THREADS=1, which makes a CPU run as slow as one core; and
 `accelerate launch --cpu --num_processes 2` starts one process without a word.
@@ -14,7 +14,7 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import default_config_file
 
-from recipes.arguments import UserError
+from recipes.arguments import PretrainingArguments, UserError
 
 
 def set_threads() -> str:
@@ -45,6 +45,35 @@ def check_num_processes(obtained: int, asked: int | None) -> None:
                 f"{source} {number}: but {obtained} {run}. To start several on CPU: "
                 f"ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {number} ..."
             )
+
+
+def choose_precision(args: PretrainingArguments, device: torch.device) -> tuple[bool, str]:
+    """Whether to use bf16 autocast, and a line that says what and why.
+
+    Raises:
+        UserError: The launcher asks for fp16, which would need loss scaling.
+    """
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if args.bf16 is not None:
+        bf16, why = args.bf16, "as you set"
+    elif launcher not in ("no", "bf16"):
+        raise UserError(f"mixed_precision {launcher}: allowed: no, bf16")
+    elif launcher == "bf16":
+        bf16, why = True, "as the launcher says"
+    else:
+        bf16 = _multiplies_bf16(device)
+        why = f"{device.type} {'multiplies' if bf16 else 'does not multiply'} bfloat16 in hardware"
+    kind = "bf16 autocast with float32 parameters" if bf16 else "float32"
+    return bf16, f"{kind} ({why}); validation in float32"
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        features = getattr(torch.cpu, "get_capabilities", dict)()
+        return bool(features.get("avx512_bf16") or features.get("amx_bf16") or features.get("bf16"))
+    return False
 
 
 def _usable_cores() -> int:

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from recipes.arguments import PretrainingArguments, UserError
 from recipes.corpus import open_corpora
 from recipes.files import write_json
-from recipes.stages import Stage
+from recipes.stages import Stage, remaining_tokens
 from recipes.token_store import TokenStore, build_token_store
 from recipes.tokenization import prepare_tokenizer, tokenizer_fingerprint
 
@@ -50,7 +50,7 @@ def prepare_data(
     word = _word_file(Path(args.cache_dir))
     if not prepares:
         return _open_prepared(_wait_for(word))
-    prepared = _prepare(args, stages, needed_tokens(stages, num_processes))
+    prepared = _prepare(args, stages, remaining_tokens(stages, num_processes, 0))
     word.parent.mkdir(parents=True, exist_ok=True)
     write_json(word, prepared)
     return _open_prepared(prepared)
@@ -89,8 +89,3 @@ def _wait_for(word: Path) -> dict[str, list]:
             raise UserError("the launcher is gone before the data was prepared")
         time.sleep(0.2)
     return json.loads(word.read_text())
-
-
-def needed_tokens(stages: list[Stage], num_processes: int) -> int:
-    """Training tokens of all updates together."""
-    return sum(stage.steps * stage.tokens_per_update(num_processes) for stage in stages)

@@ -1,10 +1,6 @@
 """A pre-training run from its options to its results: prepare, say what it costs, train, hand over."""
 
 import json
-import math
-import os
-import shlex
-import sys
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,16 +13,10 @@ from transformers import BertConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from bert_ln import BertLnConfig, BertLnForMaskedLM
+from recipes import console
 from recipes.arguments import PretrainingArguments, UserError, model_config
 from recipes.batches import BlockReader, TrainingBatches
-from recipes.budget import (
-    ASSUMED_MFU,
-    clock,
-    describe_attention,
-    describe_model,
-    peak_of,
-    total_flops,
-)
+from recipes.budget import peak_of
 from recipes.checkpointing import (
     TrainState,
     find_checkpoint,
@@ -36,13 +26,13 @@ from recipes.checkpointing import (
     write_model,
 )
 from recipes.files import write_json
-from recipes.launch import check_num_processes, set_threads
+from recipes.launch import check_num_processes, choose_precision, set_threads
 from recipes.masking import Masker
 from recipes.model_card import write_model_card
 from recipes.optimization import build_optimizer
-from recipes.preparation import needed_tokens, prepare_data
+from recipes.preparation import prepare_data
 from recipes.run_record import Metrics, check_same_run, describe_run, differences
-from recipes.stages import Stage, build_stages
+from recipes.stages import Stage, build_stages, remaining_tokens
 from recipes.token_store import unigram_cross_entropy
 from recipes.training import Trainer
 from recipes.validation import Validation
@@ -156,7 +146,7 @@ class Run:
         if self.found is None or "results" not in self.found:
             return False
         self.print(f"{self.output_dir} holds this run, finished: nothing to do.")
-        self._print_results(self.found["results"])
+        self.print(*console.results_lines(self.output_dir, self.found["results"]))
         return True
 
     def build(self) -> None:
@@ -230,33 +220,7 @@ class Run:
 
     def say_cost(self, threads: str) -> None:
         """One screen: what is about to happen and what it will take."""
-        args, processes = self.args, self.accelerator.num_processes
-        share = args.mlm_probability
-        done = self.trainer.state.step
-        flops = total_flops(self.config, self.stages, share, processes, done)
-        seconds = flops / (self.peak.flops * processes * ASSUMED_MFU)
-        tokens = needed_tokens(self.stages, processes)
-        per_update = ", then ".join(f"{stage.tokens_per_update(processes):,}" for stage in self.stages)
-        epochs = tokens / (self.samples_per_epoch * self.stages[0].max_seq_length)
-        v = self.validation
-        self.print(
-            f"model       {describe_model(self.model)}",
-            *(f"data        {line}" for line in self._describe_data()),
-            f"updates     {args.max_steps:,} of {per_update} tokens = {tokens / 1e6:.1f} M tokens, "
-            f"{epochs:.2f} epochs",
-            f"cost        {flops:.3g} FLOP left; about {clock(seconds)} at {ASSUMED_MFU:.0%} of "
-            f"{self.peak.flops / 1e9:,.0f} GFLOP/s ({self.peak.source})",
-            f"processes   {processes} on {self.accelerator.device}, {threads}",
-            f"precision   {self.precision}",
-            f"attention   {describe_attention(self.model, args.attn_implementation, args.isolate_documents)}",
-            f"validation  {v.blocks} blocks, {v.masked_tokens:,} masked tokens, masks {v.mask_fingerprint}",
-            f"loss        expected at first ln V = {math.log(self.config.vocab_size):.2f}; "
-            f"without context at best {self.unigram_cross_entropy:.2f} (unigram cross-entropy)",
-            "",
-        )
-
-    def _describe_data(self) -> list[str]:
-        return [line for s in self.data.stores for line in s.report(self.args.max_seq_length).splitlines()]
+        self.print(*console.cost_screen(self, threads))
 
     # ---------------------------------------------------------------- during training
 
@@ -268,24 +232,13 @@ class Run:
         self.trainer.train()
 
     def _report(self, line: dict[str, Any]) -> None:
-        steps_left = self.args.max_steps - line["step"]
-        tokens_left = steps_left * self.stages[-1].tokens_per_update(self.accelerator.num_processes)
-        self.print(
-            f"step {line['step']:>7,}/{self.args.max_steps:,}  loss {line['train_loss']:.4f}  "
-            f"lr {line['learning_rate']:.2e}  grad {line['grad_norm']:.2f}  "
-            f"{line['tokens_per_second']:,.0f} tokens/s  MFU {line['mfu']:.0%}  "
-            f"left {clock(tokens_left / line['tokens_per_second'])}"
-        )
+        tokens = remaining_tokens(self.stages, self.accelerator.num_processes, line["step"])
+        self.print(console.training_line(line, self.args.max_steps, tokens))
         self._record(line)
 
     def _evaluate(self, state: TrainState) -> None:
         values = self.last_values = self._validate()
-        below = self.unigram_cross_entropy - values["validation_loss"]
-        self.print(
-            f"step {state.step:>7,}  validation loss {values['validation_loss']:.4f}, "
-            f"{abs(below):.2f} {'below' if below >= 0 else 'above'} unigram cross-entropy "
-            f"{self.unigram_cross_entropy:.2f}; accuracy {values['validation_accuracy']:.1%}"
-        )
+        self.print(console.validation_line(state.step, values, self.unigram_cross_entropy))
         self._record({"step": state.step, **values})
 
     def _validate(self) -> dict[str, Any]:
@@ -315,7 +268,7 @@ class Run:
             write_model(self.output_dir, self.model, self.data.tokenizer)
             write_model_card(self.output_dir, self.record, results)
             write_json(self.output_dir / "run.json", self.record | {"results": results})
-            self._print_results(results)
+            self.print(*console.results_lines(self.output_dir, results))
         # A process that leaves while another still talks to it makes that one crash.
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
@@ -330,45 +283,6 @@ class Run:
             "tokens_seen": self.trainer.state.tokens_seen,
             "elapsed_seconds": self.trainer.state.elapsed_seconds,
         }
-
-    def _print_results(self, results: dict[str, Any]) -> None:
-        self.print(
-            "",
-            f"validation loss {results['validation_loss']:.4f} after {results['step']:,} updates and "
-            f"{clock(results['elapsed_seconds'])}: {results['below_unigram_cross_entropy']:.2f} below "
-            f"the unigram cross-entropy {self.unigram_cross_entropy:.2f}",
-            f"model           {self.output_dir} (from_pretrained loads it)",
-            *next_commands(self.output_dir),
-        )
-
-
-def choose_precision(args: PretrainingArguments, device: torch.device) -> tuple[bool, str]:
-    """Whether to use bf16 autocast, and a line that says what and why.
-
-    Raises:
-        UserError: The launcher asks for fp16, which would need loss scaling.
-    """
-    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if args.bf16 is not None:
-        bf16, why = args.bf16, "as you set"
-    elif launcher not in ("no", "bf16"):
-        raise UserError(f"mixed_precision {launcher}: allowed: no, bf16")
-    elif launcher == "bf16":
-        bf16, why = True, "as the launcher says"
-    else:
-        bf16 = _multiplies_bf16(device)
-        why = f"{device.type} {'multiplies' if bf16 else 'does not multiply'} bfloat16 in hardware"
-    kind = "bf16 autocast with float32 parameters" if bf16 else "float32"
-    return bf16, f"{kind} ({why}); validation in float32"
-
-
-def _multiplies_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        features = getattr(torch.cpu, "get_capabilities", dict)()
-        return bool(features.get("avx512_bf16") or features.get("amx_bf16") or features.get("bf16"))
-    return False
 
 
 def build_model(args: PretrainingArguments, config: BertLnConfig) -> PreTrainedModel:
@@ -386,28 +300,3 @@ def _architecture(config: BertLnConfig) -> dict[str, Any]:
     """The fields that say what the model computes."""
     names = [*BertConfig.__annotations__, *BertLnConfig.__annotations__]
     return {name: getattr(config, name) for name in names if name != "sparse_prediction"}
-
-
-def next_commands(output_dir: Path) -> list[str]:
-    """What to run next; only what there is."""
-    root = Path(__file__).parent.parent
-    python, folder = shlex.quote(_relative(Path(sys.executable))), shlex.quote(str(output_dir))
-    launch = shlex.quote(_relative(Path(sys.executable).with_name("accelerate")))
-    hf = shlex.quote(_relative(Path(sys.executable).with_name("hf")))
-    commands = []
-    if (root / "glue_eval" / "run.py").exists():
-        commands.append(("fine-tune", f"{python} glue_eval/run.py --task mrpc --model_name_or_path {folder}"))
-    config = "recipes/configs/bert_base_wikipedia.yaml"
-    if (root / config).exists():
-        commands.append(("at scale", f"{launch} launch recipes/pretrain.py --config {config}"))
-    if Path(sys.executable).with_name("hf").exists():
-        commands.append(("push", f'{hf} upload YOUR_NAME/bert-ln {folder} . --exclude "checkpoint-*"'))
-    return [f"{name:<15} {command}" for name, command in commands]
-
-
-def _relative(path: Path) -> str:
-    """The path as a user in the project's folder would type it."""
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)

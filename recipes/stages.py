@@ -63,3 +63,9 @@ def _check_row(number: int, row: dict) -> None:
 def stage_at(stages: list[Stage], step: int) -> Stage:
     """The stage of update number `step` (counted from 0)."""
     return next(stage for stage in reversed(stages) if stage.first_step <= step)
+
+
+def remaining_tokens(stages: list[Stage], num_processes: int, step: int) -> int:
+    """Tokens of all updates after the first `step`."""
+    steps = [min(stage.steps, max(0, stage.first_step + stage.steps - step)) for stage in stages]
+    return sum(n * stage.tokens_per_update(num_processes) for n, stage in zip(steps, stages, strict=True))

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from recipes.arguments import PretrainingArguments
 from recipes.batches import Batch, TrainingBatches, masked_tokens
-from recipes.budget import Peak, total_flops
+from recipes.budget import Peak, training_flops
 from recipes.checkpointing import TrainState
 from recipes.optimization import learning_rate_at
 from recipes.randomness import DROPOUT, random_bits
@@ -159,7 +159,5 @@ class Trainer:
         self.tokens_since_log, self.log_clock = 0, now
 
     def _flops_per_token(self) -> float:
-        stage = stage_at(self.stages, self.state.step - 1)
-        one_token = Stage(0, 0, 1, stage.max_seq_length, 1, 1)
-        share = self.args.mlm_probability
-        return total_flops(self.model.config, [one_token], share, 1) / stage.max_seq_length
+        length = stage_at(self.stages, self.state.step - 1).max_seq_length
+        return training_flops(self.model.config, length, self.args.mlm_probability)

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from recipes import pretraining
+from recipes import console, pretraining
 from recipes.arguments import UserError
 from recipes.batches import TrainingBatches
 from recipes.masking import Masker
@@ -209,8 +209,8 @@ def test_the_screen_before_the_first_step(tiny, capsys):
 
 
 def test_the_next_commands_exist(tiny, finished):
-    for line in pretraining.next_commands(finished):
-        words = line[16:].split()
+    for line in console.next_commands(finished):
+        words = line[12:].split()
         assert shutil.which(words[0]) or (ROOT / words[0]).exists(), line
         for word in words:
             if word.startswith(("recipes/", "glue_eval/")):

@@ -1,0 +1,130 @@
+"""What a person reads: the screen before the first step, the lines during training, and what comes next."""
+
+import math
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel
+
+from recipes.budget import ASSUMED_MFU, total_flops
+from recipes.stages import remaining_tokens
+
+if TYPE_CHECKING:
+    from recipes.pretraining import Run
+
+
+def cost_screen(run: "Run", threads: str) -> list[str]:
+    """What is about to happen and what it will take."""
+    args, processes, peak, v = run.args, run.accelerator.num_processes, run.peak, run.validation
+    step, entropy = run.trainer.state.step, run.unigram_cross_entropy
+    flops = total_flops(run.config, run.stages, args.mlm_probability, processes, step)
+    seconds = flops / (peak.flops * processes * ASSUMED_MFU)
+    tokens = remaining_tokens(run.stages, processes, 0)
+    per_update = ", then ".join(f"{stage.tokens_per_update(processes):,}" for stage in run.stages)
+    epochs = tokens / (run.samples_per_epoch * run.stages[0].max_seq_length)
+    data = [line for store in run.data.stores for line in store.report(args.max_seq_length).splitlines()]
+    return [
+        f"model       {_describe_model(run.model)}",
+        *(f"data        {line}" for line in data),
+        f"updates     {args.max_steps:,} of {per_update} tokens = {tokens / 1e6:.1f} M tokens, "
+        f"{epochs:.2f} epochs",
+        f"cost        {flops:.3g} FLOP left; about {clock(seconds)} at {ASSUMED_MFU:.0%} of "
+        f"{peak.flops / 1e9:,.0f} GFLOP/s ({peak.source})",
+        f"processes   {processes} on {run.accelerator.device}, {threads}",
+        f"precision   {run.precision}",
+        f"attention   {_describe_attention(run.model, args.attn_implementation, args.isolate_documents)}",
+        f"validation  {v.blocks} blocks, {v.masked_tokens:,} masked tokens, masks {v.mask_fingerprint}",
+        f"loss        expected at first ln V = {math.log(run.config.vocab_size):.2f}; "
+        f"without context at best {entropy:.2f} (unigram cross-entropy)",
+        "",
+    ]
+
+
+def training_line(line: dict[str, Any], max_steps: int, tokens_left: int) -> str:
+    """A line of metrics.jsonl for people, with the time left."""
+    return (
+        f"step {line['step']:>7,}/{max_steps:,}  loss {line['train_loss']:.4f}  "
+        f"lr {line['learning_rate']:.2e}  grad {line['grad_norm']:.2f}  "
+        f"{line['tokens_per_second']:,.0f} tokens/s  MFU {line['mfu']:.0%}  "
+        f"left {clock(tokens_left / line['tokens_per_second'])}"
+    )
+
+
+def validation_line(step: int, values: dict[str, Any], unigram_cross_entropy: float) -> str:
+    """The validation loss beside what a model without context could reach."""
+    below = _below(unigram_cross_entropy - values["validation_loss"], unigram_cross_entropy)
+    return (
+        f"step {step:>7,}  validation loss {values['validation_loss']:.4f}, {below}; "
+        f"accuracy {values['validation_accuracy']:.1%}"
+    )
+
+
+def results_lines(output_dir: Path, results: dict[str, Any]) -> list[str]:
+    """How the run ended, and what to run next."""
+    below = results["below_unigram_cross_entropy"]
+    return [
+        "",
+        f"validation loss {results['validation_loss']:.4f} after {results['step']:,} updates and "
+        f"{clock(results['elapsed_seconds'])}: {_below(below, results['validation_loss'] + below)}",
+        f"{'model':<12}{output_dir} (from_pretrained loads it)",
+        *next_commands(output_dir),
+    ]
+
+
+def next_commands(output_dir: Path) -> list[str]:
+    """What to run next; only what there is."""
+    root, binaries = Path(__file__).parent.parent, Path(sys.executable).parent
+    folder = shlex.quote(str(output_dir))
+    config = "recipes/configs/bert_base_wikipedia.yaml"
+    commands = [
+        (
+            "fine-tune",
+            root / "glue_eval/run.py",
+            f"glue_eval/run.py --task mrpc --model_name_or_path {folder}",
+        ),
+        ("at scale", root / config, f"recipes/pretrain.py --config {config}"),
+        ("push", binaries / "hf", f'upload YOUR_NAME/bert-ln {folder} . --exclude "checkpoint-*"'),
+    ]
+    programs = {
+        "fine-tune": sys.executable,
+        "at scale": f"{binaries}/accelerate launch",
+        "push": f"{binaries}/hf",
+    }
+    return [
+        f"{name:<12}{_as_typed(programs[name])} {words}"
+        for name, needed, words in commands
+        if needed.exists()
+    ]
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    seconds = round(seconds)
+    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+def _below(difference: float, unigram_cross_entropy: float) -> str:
+    side = "below" if difference >= 0 else "above"
+    return f"{abs(difference):.2f} {side} the unigram cross-entropy {unigram_cross_entropy:.2f}"
+
+
+def _describe_model(model: PreTrainedModel) -> str:
+    c, parameters = model.config, sum(p.numel() for p in model.parameters())
+    return (
+        f"{parameters / 1e6:.1f} M parameters: {c.num_hidden_layers} layers x {c.hidden_size}, "
+        f"{c.num_attention_heads} heads, vocabulary {c.vocab_size}, norm_placement {c.norm_placement}, "
+        f"norm_type {c.norm_type}, embedding_norm {str(c.embedding_norm).lower()}"
+    )
+
+
+def _describe_attention(model: PreTrainedModel, requested: str | None, isolated: bool) -> str:
+    why = "as you set" if requested else "the choice of transformers"
+    mask = "block-diagonal mask, one block a document" if isolated else "no mask: blocks are full"
+    return f"{model.config._attn_implementation} ({why}), {mask}"
+
+
+def _as_typed(program: str) -> str:
+    """The program as a user in the current folder would type it."""
+    return program.removeprefix(f"{Path.cwd()}/")
