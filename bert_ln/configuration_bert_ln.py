@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Self
 
 from huggingface_hub.dataclasses import strict, validated_field
-from transformers import BertConfig
+from transformers import BertConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from .norms import NORMS
 from .placements import PLACEMENTS
@@ -28,15 +29,18 @@ AUTO_MAP = {
     "AutoModelForTokenClassification": "modeling_bert_ln.BertLnForTokenClassification",
 }
 
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-    "type_vocab_size",
-)
+# The fields that say what the layers compute, whatever their number and size.
+LAYERS = ("norm_placement", "norm_type", "embedding_norm")
+
+SMALLEST = {
+    "vocab_size": 1,
+    "hidden_size": 1,
+    "num_hidden_layers": 0,
+    "num_attention_heads": 1,
+    "intermediate_size": 1,
+    "max_position_embeddings": 1,
+    "type_vocab_size": 1,
+}
 
 # Configs on the Hub carry extras such as `layer_norm_epsilon` (similarity 0.875 to a field), which must pass;
 # one letter wrong in `norm_placement` gives 0.96.
@@ -74,7 +78,8 @@ class BertLnConfig(BertConfig):
     compute something else and only warn. Its config.json therefore holds, under `layer_norm_eps`, the number
     under a key that says what the layers are. That is a type error for the strict `BertConfig`, which prints
     the key. This class takes the number out again. A folder with stock layers has the plain number, and loads
-    in the stock classes.
+    in the stock classes. The guard is the file: a stock class that is called with `config=` does not read it,
+    and only warns of missing and left-over weights.
     """
 
     model_type = "bert_ln"
@@ -89,36 +94,55 @@ class BertLnConfig(BertConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.layer_norm_eps, dict):
-            self.layer_norm_eps = next(iter(self.layer_norm_eps.values()))
+            if len(self.layer_norm_eps) != 1:
+                raise ValueError(f"layer_norm_eps={self.layer_norm_eps} must be one number")
+            (self.layer_norm_eps,) = self.layer_norm_eps.values()
         self._refuse_misspelt(kwargs)
         super().__post_init__(**kwargs)
 
     def _refuse_misspelt(self, names: Iterable[str]) -> None:
-        """Raise for a keyword that is no field but looks like one; others pass, as in every config."""
-        known = sorted(self.__dataclass_fields__)
+        """Raise for a keyword that is no field but looks like one of BERT; others pass, as in every config.
+
+        The fields of all configs do not count: old ones look like them (`tie_encoder_decoder`).
+        """
+        known = sorted(self.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys())
         for name in names:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=MISSPELT)
             if nearest and not hasattr(self, name) and not name.startswith("_"):
                 raise TypeError(f"BertLnConfig has no field {name!r}; did you mean {nearest[0]!r}?")
 
-    def validate_sizes(self) -> None:
-        """Every size is at least 1."""
-        for name in SIZES:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+    def check_buildable(self) -> None:
+        """Raise ValueError for values that no model can have; called before a model is built.
 
-    def validate_heads(self) -> None:
-        """The attention heads divide the hidden size."""
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
-                f"({self.num_attention_heads})"
-            )
+        A config may hold them, as in the stock class: tools make configs that are never built.
+        """
+        for name, smallest in SMALLEST.items():
+            self._require(name, getattr(self, name) >= smallest, f"must be at least {smallest}")
+        heads = self.num_attention_heads
+        self._require(
+            "hidden_size", self.hidden_size % heads == 0, f"must be a multiple of num_attention_heads={heads}"
+        )
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+            self._require(name, 0 <= (getattr(self, name) or 0) <= 1, "must be between 0 and 1")
+        is_positive = isinstance(self.layer_norm_eps, float) and self.layer_norm_eps > 0
+        self._require("layer_norm_eps", is_positive, "must be a number above 0")
+        self._require("hidden_act", self.hidden_act in ACT2FN, f"must be one of {sorted(ACT2FN)}")
+        is_possible = self.is_decoder or not self.add_cross_attention
+        self._require("add_cross_attention", is_possible, "needs is_decoder=True")
+
+    def _require(self, name: str, holds: bool, allowed: str) -> None:
+        if not holds:
+            raise ValueError(f"{name}={getattr(self, name)!r} {allowed}")
+
+    @property
+    def layers(self) -> dict[str, str | bool]:
+        """What the layers compute: the fields `LAYERS`."""
+        return {name: getattr(self, name) for name in LAYERS}
 
     @property
     def has_stock_layers(self) -> bool:
         """Whether `transformers.BertModel` computes the same from the same weights."""
-        return (self.norm_placement, self.norm_type, self.embedding_norm) == ("post", "layer_norm", True)
+        return self.layers == {"norm_placement": "post", "norm_type": "layer_norm", "embedding_norm": True}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self | tuple[Self, dict[str, Any]]:
@@ -136,9 +160,8 @@ class BertLnConfig(BertConfig):
         """Return what is written to config.json; see the class for `layer_norm_eps`."""
         output = super().to_dict() | {"auto_map": dict(AUTO_MAP), "sparse_prediction": False}
         if not self.has_stock_layers:
-            layers = f"norm_placement={self.norm_placement}, norm_type={self.norm_type}"
-            key = f"not stock BERT: {layers}, embedding_norm={self.embedding_norm}"
-            output["layer_norm_eps"] = {key: self.layer_norm_eps}
+            layers = ", ".join(f"{name}={value}" for name, value in self.layers.items())
+            output["layer_norm_eps"] = {f"not stock BERT: {layers}": self.layer_norm_eps}
         return output
 
 

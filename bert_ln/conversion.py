@@ -5,10 +5,11 @@
     python -m bert_ln.conversion SRC DST --to roberta-prelayernorm   Pre-LN with embedding norm
     python -m bert_ln.conversion SRC DST --to bert_ln                from any of these three
 
-SRC is a folder with config.json and weights; its head is read from `architectures`. DST must not exist, or
-be empty. The written folder loads in the stock class without custom code and gives the same outputs.
-Tokenizer files are copied. What has no counterpart is refused with one line and exit code 2: a placement or
-norm that the stock architecture lacks, a head that it lacks, a decoder.
+SRC is a folder with config.json and weights; its head is read from `architectures`, and weights that this
+head does not have are dropped with a warning. DST must not exist, or be empty; it appears complete or not at
+all. The written folder loads in the stock class without custom code and gives the same outputs. Tokenizer
+files are copied. What has no counterpart is refused with one line and exit code 2: a placement or norm that
+the stock architecture lacks, a head that it lacks, a decoder.
 
 Two things to know about RoBERTa-PreLayerNorm. It counts positions from `pad_token_id + 1`, so its table of
 positions gets that many rows more. And it does not count padding: padding in the middle of a sequence shifts
@@ -16,9 +17,11 @@ what follows, which it does not in BERT.
 """
 
 import argparse
+import logging
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -31,6 +34,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 import bert_ln
 from bert_ln import BertLnConfig
+
+logger = logging.getLogger(__name__)
 
 Renames = Sequence[tuple[str, str]]
 
@@ -83,6 +88,8 @@ class Family(NamedTuple):
     heads: tuple[str, ...]
     layers: dict[str, str | bool]
     names: Renames
+    # Its own masked-LM head, classifier of sequences and way of counting positions.
+    is_roberta: bool = False
 
     def class_for(self, head: str) -> type[PreTrainedModel]:
         """Return the model class of a head such as "ForMaskedLM"."""
@@ -98,7 +105,7 @@ STOCK: dict[str, Family] = {
     "bert": Family(transformers, "Bert", BERT_HEADS, _layers("post", True), ()),
     "megatron-bert": Family(transformers, "MegatronBert", BERT_HEADS, _layers("pre", False), MEGATRON_NAMES),
     "roberta-prelayernorm": Family(
-        transformers, "RobertaPreLayerNorm", ROBERTA_HEADS, _layers("pre", True), ROBERTA_NAMES
+        transformers, "RobertaPreLayerNorm", ROBERTA_HEADS, _layers("pre", True), ROBERTA_NAMES, True
     ),
 }
 OURS = Family(bert_ln, "BertLn", BERT_HEADS, {}, ())
@@ -110,18 +117,33 @@ def convert(source: Path, destination: Path, to: str) -> PreTrainedModel:
 
     Raises ValueError for what cannot be converted, before anything is written.
     """
-    config, head = _read(source)
-    if destination.exists() and any(destination.iterdir()):
-        raise ValueError(f"{destination} exists and is not empty")
-    family = _stock_side(config, to)
-    _check(config, head, to, family)
-    model = _load(FAMILIES[config.model_type].class_for(head), source)
-    converted = _converted(model, head, to, STOCK[family])
-    converted.save_pretrained(destination)
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, destination / name)
+    if destination.is_file() or (destination.exists() and any(destination.iterdir())):
+        raise ValueError(f"{destination} exists and is not an empty folder")
+    try:
+        converted = _converted(source, to)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # broken configs and weights fail in many ways
+        raise ValueError(f"{source} cannot be converted: {type(error).__name__}: {error}") from error
+    destination = destination.resolve()
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=destination.parent) as aside:
+        folder = Path(aside) / destination.name
+        converted.save_pretrained(folder)
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+        folder.replace(destination)
     return converted
+
+
+def _converted(source: Path, to: str) -> PreTrainedModel:
+    """Read the model folder `source` and return the model of the family `to` that computes the same."""
+    config, head = _read(source)
+    stock = _stock_side(config, to)
+    _check(config, head, to, stock)
+    model = _load(FAMILIES[config.model_type].class_for(head), source)
+    return _moved(model, head, to, STOCK[stock])
 
 
 def _read(source: Path) -> tuple[PreTrainedConfig, str]:
@@ -158,7 +180,7 @@ def _check(config: PreTrainedConfig, head: str, to: str, stock: str) -> None:
         raise ValueError(f"{to} has no head {head!r}, only {list(family.heads)}")
     if config.is_decoder or config.add_cross_attention:
         raise ValueError("only encoders can be converted: is_decoder and add_cross_attention must be false")
-    if stock == "roberta-prelayernorm":
+    if family.is_roberta:
         _check_roberta(config, head)
 
 
@@ -179,27 +201,32 @@ def _check_roberta(config: PreTrainedConfig, head: str) -> None:
 
 
 def _load(model_class: type[PreTrainedModel], source: Path) -> PreTrainedModel:
-    """Load the source; raise ValueError where weights are missing and would be random numbers."""
+    """Load the source; raise ValueError where weights would be random numbers or layers would be lost."""
     model, info = model_class.from_pretrained(source, output_loading_info=True)
     if info["missing_keys"]:
         raise ValueError(
             f"{source} lacks weights of {model_class.__name__}: {sorted(info['missing_keys'])[:3]}"
         )
+    left = sorted(info["unexpected_keys"])
+    if layers := [key for key in left if "encoder.layer." in key]:
+        raise ValueError(f"{source} has weights of layers that its config.json does not have: {layers[:3]}")
+    if left:
+        logger.warning("dropped weights that %s does not have: %s", model_class.__name__, ", ".join(left))
     return model
 
 
-def _converted(model: PreTrainedModel, head: str, to: str, stock: Family) -> PreTrainedModel:
+def _moved(model: PreTrainedModel, head: str, to: str, stock: Family) -> PreTrainedModel:
     """Return a new model of the family `to` with the weights of `model`."""
     to_stock = stock is FAMILIES[to]
     renames = stock.names
-    if stock.class_prefix.startswith("Roberta") and head == "ForSequenceClassification":
+    if stock.is_roberta and head == "ForSequenceClassification":
         renames = (*ROBERTA_CLASSIFIER_NAMES, *renames)
     if not to_stock:
         renames = [(theirs, ours) for ours, theirs in renames]
     target_class = FAMILIES[to].class_for(head)
     config = _converted_config(model.config, target_class.config_class, {} if to_stock else stock.layers)
     state = _renamed(model, target_class.base_model_prefix, head != "Model", renames)
-    if stock.class_prefix.startswith("Roberta"):
+    if stock.is_roberta:
         _shift_positions(config, state, to_stock)
     converted = target_class(config).to(model.dtype).eval()
     converted.load_state_dict(state)
@@ -263,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         model = convert(options.source, options.destination, options.to)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(f"wrote {options.destination}: {type(model).__name__}")
     return 0

@@ -10,7 +10,8 @@ whatever the placement.
 """
 
 import os
-from typing import Any, Self
+from collections.abc import Iterable
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -44,7 +45,7 @@ from transformers.models.bert.modeling_bert import (
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_bert_ln import BertLnConfig
-from .norms import build_norm
+from .norms import NORMS, build_norm
 from .placements import PLACEMENTS
 
 IGNORED = -100  # a label that is not predicted, as everywhere in transformers
@@ -144,10 +145,18 @@ class BertLnPreTrainedModel(BertPreTrainedModel):
 
     config: BertLnConfig
     config_class = BertLnConfig
-    _no_split_modules = ("BertLnEmbeddings", "BertLnLayer")
+    _no_split_modules: ClassVar[list[str]] = ["BertLnEmbeddings", "BertLnLayer"]
     # Only the masked-language-model head divides by `num_items_in_batch`. Told so, transformers.Trainer
     # divides the loss of the other heads by the number of accumulation steps.
     accepts_loss_kwargs = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Give a norm its own first values; the base class knows norms by the names of their classes."""
+        if isinstance(module, tuple(NORMS.values())):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
 
     @classmethod
     def from_pretrained(
@@ -159,32 +168,60 @@ class BertLnPreTrainedModel(BertPreTrainedModel):
     ) -> Self | tuple[Self, dict[str, Any]]:
         """Load a model; raise ValueError where the weights belong to another `norm_placement` or `norm_type`.
 
-        New heads (a classifier, a pooler) are allowed, as in every `from_pretrained`: they are there to be
-        trained. A norm that is missing from the weights, or left over, means that they were trained as
-        another function.
+        Two things tell: the source's own config.json, whatever config is given, and the names of the norms.
+        New heads (a classifier, a pooler) and more or fewer layers are allowed, as in the stock classes.
         """
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
-        _refuse_other_norms(model.config, pretrained_model_name_or_path, info)
+        source = pretrained_model_name_or_path
+        model, info = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
+        reason = _other_config(model.config, source, kwargs) or _other_norms(info)
+        if reason:
+            layers = ", ".join(f"{name}={value!r}" for name, value in model.config.layers.items())
+            raise ValueError(
+                f"{source} holds the weights of another architecture than {layers}: {reason}. "
+                "Load it with its own config: weights cannot be moved between placements."
+            )
         return (model, info) if output_loading_info else model
 
 
-def _refuse_other_norms(config: BertLnConfig, source: str | os.PathLike | None, info: dict[str, Any]) -> None:
-    """Raise where `info`, the report of loading `source`, lists norms of the encoder or the embeddings."""
-    missing, unexpected = (sorted(filter(_is_norm, info[key])) for key in ("missing_keys", "unexpected_keys"))
-    # A file without the layers at all says nothing about them; the base class reports what is new.
-    if any(key.endswith("encoder.layer.0.output.dense.weight") for key in info["missing_keys"]):
-        return
-    if missing or unexpected:
-        raise ValueError(
-            f"{source} holds the weights of another architecture than "
-            f"norm_placement={config.norm_placement!r}, norm_type={config.norm_type!r}, "
-            f"embedding_norm={config.embedding_norm}: "
-            f"{len(missing)} norm parameters are missing {missing[:2]}, "
-            f"{len(unexpected)} are left over {unexpected[:2]}. Load it with its own config: "
-            "weights cannot be moved between placements."
-        )
+def _other_config(
+    config: BertLnConfig, source: str | os.PathLike | None, download: dict[str, Any]
+) -> str | None:
+    """Return how the layers in the config.json of `source` differ from those of `config`, if they do.
+
+    `download` are the arguments of `from_pretrained`, which say where in the Hub the file is.
+    """
+    if source is None:
+        return None
+    try:
+        stated = BertLnConfig.from_dict(BertLnConfig.get_config_dict(source, **download)[0]).layers
+    except OSError:  # weights without a config
+        return None
+    return None if stated == config.layers else f"its config.json says {stated}"
+
+
+# Every layer has this weight, in every placement.
+_IN_LAYER = "attention.self.query.weight"
+
+
+def _other_norms(info: dict[str, list[str]]) -> str | None:
+    """Return which norms `info`, the report of loading weights, lists as missing or left over, if any."""
+    # Weights without the layers at all say nothing about them; the base class reports what is new.
+    has_none = any(key.endswith("encoder.layer.0." + _IN_LAYER) for key in info["missing_keys"])
+    if has_none and not any("encoder.layer.0." in key for key in info["unexpected_keys"]):
+        return None
+    missing, unexpected = (_stray_norms(info[key]) for key in ("missing_keys", "unexpected_keys"))
+    if not missing and not unexpected:
+        return None
+    return (
+        f"{len(missing)} norm parameters are missing {missing[:2]}, "
+        f"{len(unexpected)} are left over {unexpected[:2]}"
+    )
+
+
+def _stray_norms(keys: Iterable[str]) -> list[str]:
+    """Return the norms among `keys`, but not those of layers that are among them as a whole."""
+    whole = tuple(key.removesuffix(_IN_LAYER) for key in keys if key.endswith("." + _IN_LAYER))
+    return sorted(key for key in keys if _is_norm(key) and not key.startswith(whole))
 
 
 def _is_norm(key: str) -> bool:
@@ -200,6 +237,7 @@ class BertLnModel(BertLnPreTrainedModel, BertModel):
     """The encoder: embeddings, layers, final norm, and optionally the pooler."""
 
     def __init__(self, config: BertLnConfig, add_pooling_layer: bool = True) -> None:
+        config.check_buildable()
         super(BertModel, self).__init__(config)
         self.config = config
         self.gradient_checkpointing = False
@@ -215,6 +253,10 @@ class BertLnModel(BertLnPreTrainedModel, BertModel):
         token_type_ids: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
         *,
         document_ids: torch.Tensor | None = None,
         **kwargs: Any,
@@ -234,14 +276,18 @@ class BertLnModel(BertLnPreTrainedModel, BertModel):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
             **kwargs,
         )
 
     def _isolate(self, document_ids: torch.Tensor, padding: torch.Tensor | None, like: torch.Tensor) -> Any:
         """Return the attention mask of isolated documents, in the form that the attention kernel takes.
 
-        `document_ids` and `padding` (1 for real tokens) are `[batch, length]`; `like` has the dtype of the
-        scores.
+        `document_ids` are `[batch, length]`, or `[batch, choices, length]` as multiple choice gets them;
+        `padding` is 1 for real tokens, `[rows, length]`; `like` has the dtype of the scores.
         """
         kernel = self.config._attn_implementation
         if "flash" in kernel or self.config.is_decoder:
@@ -249,7 +295,11 @@ class BertLnModel(BertLnPreTrainedModel, BertModel):
                 "document_ids need an encoder with attn_implementation 'eager', 'sdpa' or 'flex_attention', "
                 f"got {kernel!r} with is_decoder={self.config.is_decoder}"
             )
+        document_ids = document_ids.long().flatten(0, -2)  # [rows, length]
         if padding is not None:
+            if padding.ndim != 2:
+                shape = tuple(padding.shape)
+                raise ValueError(f"document_ids need an attention_mask [batch, length], got shape {shape}")
             # Each padding token becomes a document of its own: nobody attends to it, and no row is left
             # empty, which would be NaN after the softmax.
             alone = document_ids.amax() + 1 + torch.arange(document_ids.shape[1], device=document_ids.device)
@@ -284,6 +334,8 @@ def select_predictions(
     if labels is not None and labels.shape != masked_positions.shape:
         shapes = f"{tuple(labels.shape)} and {tuple(masked_positions.shape)}"
         raise ValueError(f"labels and masked_positions must be aligned, got shapes {shapes}")
+    if len(masked_positions) != len(hidden):
+        raise ValueError(f"masked_positions have {len(masked_positions)} rows, the batch has {len(hidden)}")
     index = masked_positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
     selected = hidden.gather(1, index).flatten(0, 1)  # [batch * capacity, hidden]
     return selected, None if labels is None else labels.flatten()
@@ -330,6 +382,9 @@ class BertLnForMaskedLM(BertLnPreTrainedModel, BertForMaskedLM):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, ...] | MaskedLMOutput:
         """Score the vocabulary, and with `labels` return the loss too (see `masked_lm_loss`).
+
+        The loss is divided by `num_items_in_batch` where given, else by the number of labels that are not
+        -100. Where all are -100 it is 0; in the stock class it is NaN.
 
         | `config.sparse_prediction` | given | logits |
         |---|---|---|

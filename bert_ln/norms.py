@@ -1,7 +1,9 @@
 """The kinds of norm, one small class each.
 
-A norm maps `[..., width]` to `[..., width]`. A new kind is a class below with its formula and source in the
-docstring, and one line in `NORMS`; no other file changes.
+A norm maps `[..., width]` to `[..., width]` and is built from the config and the width alone. A new kind is a
+class below with its formula and source in the docstring, and one line in `NORMS`. Its `reset_parameters` sets
+the first values of its parameters through the functions of `torch.nn.init`: while a folder is loaded,
+transformers makes these leave alone what the folder had.
 """
 
 from typing import TYPE_CHECKING

@@ -4,7 +4,8 @@ A layer of BERT is two residual branches, attention and feed-forward. A branch i
 `[batch, length, hidden]` and the sub-layer `f` (attention up to its output projection, or the first half of
 the feed-forward network), and returns the new stream. It owns what lies between them: the output projection,
 dropout and the norms. A new placement is a class below, with its formula and source in the docstring, and one
-line in `PLACEMENTS`; a layer never asks which one it has.
+line in `PLACEMENTS`; a layer never asks which one it has. A branch knows the config and the width of its
+sub-layer, and not the number of its layer.
 """
 
 from collections.abc import Callable

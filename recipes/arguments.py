@@ -5,13 +5,33 @@ examples wherever these have the option.
 """
 
 import difflib
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
+from transformers import BertConfig
 
 from bert_ln import BertLnConfig
+
+# What follows from the tokenizer, from the task (an encoder), or is set by the loop is no option.
+NOT_MODEL_OPTIONS = {
+    "add_cross_attention",
+    "bos_token_id",
+    "eos_token_id",
+    "is_decoder",
+    "pad_token_id",
+    "sparse_prediction",
+    "use_cache",
+    "vocab_size",
+}
+MODEL_OPTIONS = {
+    name: annotation
+    for config_class in (BertConfig, BertLnConfig)
+    for name, annotation in config_class.__annotations__.items()
+    if name not in NOT_MODEL_OPTIONS
+}
 
 
 class UserError(ValueError):
@@ -174,54 +194,66 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     return f"allowed: {', '.join(allowed)}" if len(allowed) < 20 else "see --help"
 
 
-AT_LEAST_ONE = (
-    "vocab_size",
-    "max_seq_length",
-    "max_steps",
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "logging_steps",
-    "eval_steps",
-    "save_steps",
-    "save_total_limit",
-    "max_eval_samples",
-    "num_processes",
-)
-NOT_NEGATIVE = (
-    "seed",
-    "warmup_steps",
-    "learning_rate",
-    "weight_decay",
-    "adam_epsilon",
-    "max_grad_norm",
-    "dataloader_num_workers",
-)
-CHOICES = {
-    "masking_unit": ("token", "whole_word", "span"),
-    "sample_by": ("document", "paragraph", "line"),
-    "optim": ("adamw_torch", "adamw_torch_fused"),
-    "lr_scheduler_type": (
-        "linear",
-        "constant",
-        "constant_with_warmup",
-        "cosine",
-        "inverse_sqrt",
-        "warmup_stable_decay",
+def _at_least(low: float) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: low <= value < math.inf, f"must be at least {low}"
+
+
+def _one_of(*allowed: str) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: value in allowed, f"allowed: {', '.join(allowed)}"
+
+
+_SHARE = lambda value: 0 <= value <= 1, "must be between 0 and 1"
+_DECAY = lambda value: 0 <= value < 1, "must be at least 0 and less than 1"
+
+# What each option's value must satisfy, where it is not None; and how to say so.
+CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "vocab_size": _at_least(1),
+    "max_steps": _at_least(1),
+    "per_device_train_batch_size": _at_least(1),
+    "per_device_eval_batch_size": _at_least(1),
+    "gradient_accumulation_steps": _at_least(1),
+    "logging_steps": _at_least(1),
+    "eval_steps": _at_least(1),
+    "save_steps": _at_least(1),
+    "save_total_limit": _at_least(1),
+    "max_eval_samples": _at_least(1),
+    "num_processes": _at_least(1),
+    "seed": (lambda value: 0 <= value < 2**32, "must be at least 0 and less than 2**32"),
+    "warmup_steps": _at_least(0),
+    "learning_rate": _at_least(0),
+    "weight_decay": _at_least(0),
+    "adam_epsilon": _at_least(0),
+    "max_grad_norm": _at_least(0),
+    "dataloader_num_workers": _at_least(0),
+    "mlm_probability": (lambda value: 0 < value < 1, "must be more than 0 and less than 1"),
+    "mask_replace_prob": _SHARE,
+    "random_replace_prob": _SHARE,
+    "max_unk_rate": _SHARE,
+    "adam_beta1": _DECAY,
+    "adam_beta2": _DECAY,
+    "masking_unit": _one_of("token", "whole_word", "span"),
+    "optim": _one_of("adamw_torch", "adamw_torch_fused"),
+    "lr_scheduler_type": _one_of(
+        "linear", "constant", "constant_with_warmup", "cosine", "inverse_sqrt", "warmup_stable_decay"
     ),
-    "report_to": ("none", "tensorboard", "trackio", "wandb"),
-    "attn_implementation": ("eager", "sdpa", "flash_attention_2", "flex_attention"),
+    "report_to": _one_of("none", "tensorboard", "trackio", "wandb"),
+    "attn_implementation": _one_of("eager", "sdpa", "flex_attention"),
 }
-# Lower and upper bound, both allowed only where written with "=".
-RANGES = {
-    "mlm_probability": (0, 1, "more than 0 and less than 1"),
-    "adam_beta1": (-1e-9, 1, "at least 0 and less than 1"),
-    "adam_beta2": (-1e-9, 1, "at least 0 and less than 1"),
-    "mask_replace_prob": (-1e-9, 1 + 1e-9, "between 0 and 1"),
-    "random_replace_prob": (-1e-9, 1 + 1e-9, "between 0 and 1"),
-    "max_unk_rate": (-1e-9, 1 + 1e-9, "between 0 and 1"),
-    "validation_split_percentage": (0, 100, "more than 0 and less than 100"),
+SCHEDULER_CHECKS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
+    "warmup_stable_decay": {"num_decay_steps": _at_least(1), "min_lr_ratio": _SHARE},
 }
+# A token store brings its text and its tokenizer.
+NOT_WITH_TOKEN_STORE = (
+    "dataset_name",
+    "dataset_config_name",
+    "streaming",
+    "train_file",
+    "validation_file",
+    "corpora",
+    "sample_by",
+    "validation_split_percentage",
+    "tokenizer_name",
+)
 
 
 def check_arguments(args: PretrainingArguments) -> None:
@@ -230,26 +262,25 @@ def check_arguments(args: PretrainingArguments) -> None:
     Raises:
         UserError: Names the option, its value and what is allowed.
     """
-    for name in AT_LEAST_ONE:
-        _check(args, name, lambda value: value >= 1, "must be at least 1")
-    for name in NOT_NEGATIVE:
-        _check(args, name, lambda value: value >= 0, "must be at least 0")
-    for name, (low, high, words) in RANGES.items():
-        _check(args, name, lambda value, low=low, high=high: low < value < high, f"must be {words}")
-    for name, allowed in CHOICES.items():
-        value = getattr(args, name)
-        if value is not None and value not in allowed:
-            hint = nearest(value, allowed)
-            raise UserError(
-                f"{name} {value!r}: {hint if 'mean' in hint else 'allowed: ' + ', '.join(allowed)}"
-            )
+    for name, check in CHECKS.items():
+        _check(name, getattr(args, name), check)
+    for name, value in args.lr_scheduler_kwargs.items():
+        allowed = SCHEDULER_CHECKS.get(args.lr_scheduler_type, {})
+        if name not in allowed:
+            hint = f"allowed for {args.lr_scheduler_type}: {', '.join(allowed) or 'nothing'}"
+            raise UserError(f"lr_scheduler_kwargs.{name}: {hint}")
+        _check(f"lr_scheduler_kwargs.{name}", value, allowed[name])
     _check_together(args)
     model_config(args, vocab_size=args.vocab_size or BertLnConfig.vocab_size, pad_token_id=0)
 
 
-def _check(args: PretrainingArguments, name: str, holds: Callable[[Any], bool], words: str) -> None:
-    value = getattr(args, name)
-    if value is not None and not holds(value):
+def _check(name: str, value: Any, check: tuple[Callable[[Any], bool], str]) -> None:
+    holds, words = check
+    try:
+        allowed = value is None or holds(value)
+    except TypeError:
+        allowed = False
+    if not allowed:
         raise UserError(f"{name} {value!r}: {words}")
 
 
@@ -259,17 +290,9 @@ def _check_together(args: PretrainingArguments) -> None:
         raise UserError(f"mask_replace_prob + random_replace_prob {total}: must be at most 1")
     if args.warmup_steps >= args.max_steps and args.warmup_steps > 0:
         raise UserError(f"warmup_steps {args.warmup_steps}: must be less than max_steps {args.max_steps}")
-    if args.max_seq_length < 8:
-        raise UserError(f"max_seq_length {args.max_seq_length}: must be at least 8")
-    for key in args.lr_scheduler_kwargs:
-        allowed = {"warmup_stable_decay": ("num_decay_steps", "min_lr_ratio")}.get(args.lr_scheduler_type, ())
-        if key not in allowed:
-            hint = f"allowed for {args.lr_scheduler_type}: {', '.join(allowed) or 'nothing'}"
-            raise UserError(f"lr_scheduler_kwargs.{key}: {hint}")
-    lengths = [args.max_seq_length] + [row.get("max_seq_length", 0) for row in args.stages or []]
-    positions = args.model.get("max_position_embeddings", BertLnConfig.max_position_embeddings)
-    if max(lengths) > positions:
-        raise UserError(f"max_seq_length {max(lengths)}: the model has max_position_embeddings {positions}")
+    for name in NOT_WITH_TOKEN_STORE if args.token_store else ():
+        if getattr(args, name) != PretrainingArguments.__dataclass_fields__[name].default:
+            raise UserError(f"{name} {getattr(args, name)}: not together with token_store; give one")
 
 
 def model_config(args: PretrainingArguments, **from_tokenizer: int) -> BertLnConfig:
@@ -279,6 +302,8 @@ def model_config(args: PretrainingArguments, **from_tokenizer: int) -> BertLnCon
         UserError: A field that `BertLnConfig` refuses.
     """
     try:
-        return BertLnConfig(**args.model, **from_tokenizer)
-    except StrictDataclassError as error:
+        config = BertLnConfig(**args.model, **from_tokenizer)
+        config.check_buildable()
+    except (StrictDataclassError, ValueError) as error:
         raise UserError(" ".join(str(error).split())) from error
+    return config

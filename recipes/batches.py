@@ -86,7 +86,7 @@ class TrainingBatches(Dataset):
         loader = DataLoader(
             self,
             batch_size=None,
-            sampler=_Schedule(self.stages, first_step, last_step),
+            sampler=_schedule(self.stages, first_step, last_step),
             num_workers=num_workers,
             pin_memory=torch.cuda.is_available(),
             # The loader draws a base seed; from a generator of its own it leaves dropout's alone.
@@ -97,20 +97,11 @@ class TrainingBatches(Dataset):
             yield [next(batches) for _ in range(stage_at(self.stages, step).gradient_accumulation_steps)]
 
 
-class _Schedule:
+def _schedule(stages: list[Stage], first_step: int, last_step: int) -> Iterator[tuple[int, int]]:
     """The (step, micro-batch) pairs in order, without listing them."""
-
-    def __init__(self, stages: list[Stage], first_step: int, last_step: int) -> None:
-        self.stages, self.first_step, self.last_step = stages, first_step, last_step
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        for step in range(self.first_step, self.last_step):
-            for micro in range(stage_at(self.stages, step).gradient_accumulation_steps):
-                yield step, micro
-
-    def __len__(self) -> int:
-        steps = range(self.first_step, self.last_step)
-        return sum(stage_at(self.stages, step).gradient_accumulation_steps for step in steps)
+    for step in range(first_step, last_step):
+        for micro in range(stage_at(stages, step).gradient_accumulation_steps):
+            yield step, micro
 
 
 def masked_tokens(batches: list[Batch]) -> int:

@@ -56,7 +56,8 @@ def save_checkpoint(
     """
     final = output_dir / f"checkpoint-{state.step}"
     aside = output_dir / f".{final.name}.partial"
-    shutil.rmtree(aside, ignore_errors=True)
+    for leftover in output_dir.glob(".checkpoint-*"):
+        shutil.rmtree(leftover)
     write_model(aside, model, tokenizer)
     trainer = aside / "trainer"
     trainer.mkdir()
@@ -67,10 +68,12 @@ def save_checkpoint(
     sync_tree(aside)
     write_json(aside / MARKER, marker)
     sync(aside)
+    replaced = output_dir / f".{final.name}.replaced"
     if final.exists():  # torn, or damaged and therefore not resumed from
-        shutil.rmtree(final)
+        os.replace(final, replaced)
     os.replace(aside, final)
     sync(output_dir)
+    shutil.rmtree(replaced, ignore_errors=True)
     return final
 
 
@@ -83,8 +86,11 @@ def write_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
 def load_checkpoint(
     folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, device: torch.device
 ) -> TrainState:
-    """Put the checkpoint's weights and moments in place; returns its state. Executes nothing from it."""
-    load_model(model, folder / "model.safetensors", strict=True, device=str(device))
+    """Put the checkpoint's weights and moments in place; returns its state. Executes nothing from it.
+
+    The checkpoint has been checked by `find_checkpoint`; a file that is not what it should be raises.
+    """
+    load_model(model, folder / "model.safetensors", strict=True)
     moments = torch.load(folder / "trainer" / "optimizer.pt", map_location=device, weights_only=True)
     optimizer.load_state_dict(moments)
     return TrainState(**json.loads((folder / "trainer" / "state.json").read_text()))
@@ -95,11 +101,15 @@ def find_checkpoint(output_dir: Path, requested: str | bool | None) -> tuple[Pat
 
     Args:
         output_dir: Where the newest complete one is looked for.
-        requested: `--resume_from_checkpoint`: a folder, or True, False or None.
+        requested: `--resume_from_checkpoint`: a folder, or True or None.
 
     Raises:
-        UserError: The requested folder is not a complete checkpoint.
+        UserError: The requested folder is not a complete checkpoint, or False was asked for.
     """
+    if requested is False:
+        raise UserError(
+            "resume_from_checkpoint false: a run is always continued; give another output_dir to start anew"
+        )
     if isinstance(requested, str):
         folder = Path(requested)
         if damage := damage_of(folder):
@@ -117,7 +127,12 @@ def find_checkpoint(output_dir: Path, requested: str | bool | None) -> tuple[Pat
 def checkpoint_folders(output_dir: Path) -> list[Path]:
     """Folders named checkpoint-STEP, complete or not, in the order of their steps."""
     folders = [f for f in output_dir.glob("checkpoint-*") if f.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
+    return sorted(folders, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The step in the name of a checkpoint folder."""
+    return int(folder.name.removeprefix("checkpoint-"))
 
 
 def is_complete(folder: Path) -> bool:
@@ -143,9 +158,12 @@ def damage_of(folder: Path) -> str | None:
     return f"damaged ({', '.join(wrong)})" if wrong else None
 
 
-def prune(output_dir: Path, save_total_limit: int | None) -> None:
-    """Delete all but the newest complete checkpoints."""
-    complete = [folder for folder in checkpoint_folders(output_dir) if is_complete(folder)]
+def prune(output_dir: Path, save_total_limit: int | None, newest: int) -> None:
+    """Delete all but the last complete checkpoints up to step `newest`, the one just saved.
+
+    Those after it were passed over when the run was resumed: they are no reason to delete a good one.
+    """
+    complete = [f for f in checkpoint_folders(output_dir) if is_complete(f) and step_of(f) <= newest]
     for folder in complete[:-save_total_limit] if save_total_limit else []:
         # The marker goes first: a deletion cut short leaves nothing that looks complete.
         (folder / MARKER).unlink()

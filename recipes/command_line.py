@@ -8,13 +8,13 @@ import types
 from dataclasses import MISSING, Field, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers import BertConfig
 
 from bert_ln import BertLnConfig
 from recipes.arguments import (
+    MODEL_OPTIONS,
     DataArguments,
     MaskingArguments,
     OptimizationArguments,
@@ -24,20 +24,9 @@ from recipes.arguments import (
     check_arguments,
     nearest,
 )
+from recipes.stages import build_stages
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.yaml"
-
-# What follows from the tokenizer, from the task (an encoder), or is set by the loop is no option.
-NOT_MODEL_OPTIONS = {
-    "add_cross_attention",
-    "bos_token_id",
-    "eos_token_id",
-    "is_decoder",
-    "pad_token_id",
-    "sparse_prediction",
-    "use_cache",
-    "vocab_size",
-}
 
 
 def parse_arguments(argv: list[str] | None = None) -> PretrainingArguments:
@@ -68,11 +57,12 @@ def build_arguments(values: dict[str, Any]) -> PretrainingArguments:
     own, model = {}, {}
     for name, value in values.items():
         if name not in options:
-            raise UserError(f"{name}: unknown option; {nearest(name, options)}")
+            raise UserError(f"{name}: unknown option; {nearest(str(name), options)}")
         target = own if name in PretrainingArguments.__dataclass_fields__ else model
         target[name] = _convert(name, options[name].annotation, value)
     args = PretrainingArguments(**own, model=model)
     check_arguments(args)
+    build_stages(args)
     return args
 
 
@@ -88,11 +78,8 @@ def _options() -> dict[str, _Option]:
     for group in (DataArguments, MaskingArguments, OptimizationArguments, RunArguments):
         hints, docstrings = get_type_hints(group), _field_docstrings(group)
         options |= {f.name: _Option(hints[f.name], _help(f, docstrings[f.name])) for f in fields(group)}
-    for config_class in (BertConfig, BertLnConfig):
-        for name, annotation in config_class.__annotations__.items():
-            if name not in NOT_MODEL_OPTIONS and name not in options:
-                default = getattr(BertLnConfig, name, None)
-                options[name] = _Option(annotation, f"{name} of BertLnConfig. [{default}]")
+    for name, annotation in MODEL_OPTIONS.items():
+        options[name] = _Option(annotation, f"{name} of BertLnConfig. [{getattr(BertLnConfig, name)}]")
     return options
 
 
@@ -110,9 +97,16 @@ def _help(option: Field, docstring: str) -> str:
     return f"{' '.join(docstring.split())} [{default}]".replace("%", "%%")
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Raise what the rest of the program raises for a mistake."""
+        raise UserError(message)
+
+
 def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="recipes/pretrain.py",
+        usage="%(prog)s [--config FILE] [--name value ...]",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
         description="Pre-train BERT. Every option can stand in the YAML file too.",

@@ -1,6 +1,7 @@
 """What a person reads: the screen before the first step, the lines during training, and what comes next."""
 
 import math
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -76,15 +77,16 @@ def results_lines(output_dir: Path, results: dict[str, Any]) -> list[str]:
 def next_commands(output_dir: Path) -> list[str]:
     """What to run next; only what there is."""
     root, binaries = Path(__file__).parent.parent, Path(sys.executable).parent
+    here = Path(os.path.relpath(root))
     folder = shlex.quote(str(output_dir))
     config = "recipes/configs/bert_base_wikipedia.yaml"
     commands = [
         (
             "fine-tune",
             root / "glue_eval/run.py",
-            f"glue_eval/run.py --task mrpc --model_name_or_path {folder}",
+            f"{here / 'glue_eval/run.py'} --task mrpc --model_name_or_path {folder}",
         ),
-        ("at scale", root / config, f"recipes/pretrain.py --config {config}"),
+        ("at scale", root / config, f"{here / 'recipes/pretrain.py'} --config {here / config}"),
         ("push", binaries / "hf", f'upload YOUR_NAME/bert-ln {folder} . --exclude "checkpoint-*"'),
     ]
     programs = {
@@ -120,7 +122,7 @@ def _describe_model(model: PreTrainedModel) -> str:
 
 
 def _describe_attention(model: PreTrainedModel, requested: str | None, isolated: bool) -> str:
-    why = "as you set" if requested else "the choice of transformers"
+    why = "as you set" if requested else "transformers' choice where torch has it"
     mask = "block-diagonal mask, one block a document" if isolated else "no mask: blocks are full"
     return f"{model.config._attn_implementation} ({why}), {mask}"
 

@@ -28,16 +28,16 @@ from tqdm import tqdm
 from recipes.arguments import DataArguments, UserError
 
 SAMPLE_BY = ("document", "paragraph", "line")
-ENTRY_FIELDS = (
+# What names a text, and what says how it is read.
+SOURCE_FIELDS = (
     "dataset_name",
     "dataset_config_name",
     "dataset_split",
     "streaming",
     "train_file",
     "validation_file",
-    "text_column_name",
-    "sample_by",
 )
+ENTRY_FIELDS = (*SOURCE_FIELDS, "text_column_name", "sample_by")
 DEFAULTS = {f.name: f.default for f in fields(DataArguments) if f.default is not MISSING}
 
 # Without a percentage: 199:1, but enough for a validation loss that means something.
@@ -202,11 +202,14 @@ class Corpus:
 
     def _refuse_split(self, documents: int, words: int) -> None:
         """Say that the corpus is too small to set validation documents aside."""
-        default = f"{MIN_VALIDATION_DOCUMENTS} documents and {MIN_VALIDATION_WORDS} words, at most half"
+        rule, instead = f"{self.percentage} % of them", ""
+        if self.percentage is None:
+            rule = f"{MIN_VALIDATION_DOCUMENTS} documents and {MIN_VALIDATION_WORDS} words, at most half"
+            instead = "--validation_split_percentage, "
         raise UserError(
             f"{self.train_source.label}: {documents} documents and {words} words are too few to set "
-            f"validation text aside (by default {default}); give validation_file, "
-            "--validation_split_percentage, or for .txt --sample_by paragraph or line"
+            f"validation text aside ({rule}); give validation_file, {instead}or for .txt --sample_by "
+            "paragraph or line"
         )
 
 
@@ -220,7 +223,7 @@ def open_corpora(data: DataArguments) -> list[Corpus]:
     """
     if not data.corpora:
         return [_open(data, weight=1.0)]
-    for name in ENTRY_FIELDS[:6]:
+    for name in SOURCE_FIELDS:
         if getattr(data, name) != DEFAULTS[name]:
             raise UserError(f"{name} {getattr(data, name)}: not together with corpora; put it into an entry")
     return [_open_entry(data, number, entry) for number, entry in enumerate(data.corpora)]
@@ -406,7 +409,9 @@ def _read_hub(dataset: Any, where: str, column: str) -> Iterator[str]:
 def _local_source(data: DataArguments, option: str) -> Source:
     """Documents of a file, folder or glob; the first document of every file is tried at once."""
     files = _find_files(option, getattr(data, option))
-    texts = sum(path.suffix == ".txt" for path in _find_files("train_file", data.train_file or files[0]))
+    # Validation text is read as the training text is.
+    like = _find_files("train_file", data.train_file) if data.train_file else files
+    texts = sum(path.suffix == ".txt" for path in like)
     sample_by = data.sample_by or ("document" if texts > 1 else "paragraph")
     column = data.text_column_name
 

@@ -1,5 +1,6 @@
 """Files and folders that are complete or absent, and survive a power cut."""
 
+import errno
 import json
 import os
 import shutil
@@ -55,6 +56,9 @@ def cached_folder(folder: Path, build: Callable[[Path], None]) -> Path:
     """`folder`, which `build` fills beside it before it gets its name; nothing is built if it exists.
 
     Where several processes build the same folder, the first to finish wins.
+
+    Raises:
+        UserError: The disk is full.
     """
     if not folder.exists():
         _build_aside(folder, build)
@@ -72,7 +76,11 @@ def _build_aside(folder: Path, build: Callable[[Path], None]) -> None:
         build(aside)
         sync_tree(aside)
         os.replace(aside, folder)
-    except OSError:
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"cache_dir {folder.parent}: the disk is full; free space or give another"
+            ) from error
         if not folder.exists():  # else another process finished the same folder meanwhile
             raise
     finally:

@@ -16,6 +16,14 @@ from accelerate.commands.config.config_args import default_config_file
 
 from recipes.arguments import PretrainingArguments, UserError
 
+LAUNCHERS = (
+    "accelerate",
+    "accelerate-launch",
+    "accelerate.commands.launch",
+    "torchrun",
+    "torch.distributed.run",
+)
+
 
 def set_threads() -> str:
     """Use the cores that this process may use, divided by the processes beside it, unless the user chose.
@@ -77,9 +85,12 @@ def _multiplies_bf16(device: torch.device) -> bool:
 
 
 def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:  # a container may be given less time than its cores have
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return allowed
+    return allowed if quota == "max" else max(1, min(allowed, int(quota) // int(period)))
 
 
 def _threads_chosen_by_user() -> int | None:
@@ -101,7 +112,7 @@ def _processes_told_to_launcher() -> int | None:
     if number is None and (per_node := _value_of(words, "--nproc_per_node", "--nproc-per-node")):
         nodes = _value_of(words, "--nnodes") or "1"
         return int(per_node) * int(nodes) if per_node.isdigit() and nodes.isdigit() else None
-    if number is None and "accelerate" in " ".join(words[:3]):
+    if number is None and any(Path(word).name.startswith("accelerate") for word in words[:4]):
         number = _configured_processes(_value_of(words, "--config_file") or default_config_file)
     return int(number) if number and str(number).isdigit() else None
 
@@ -121,9 +132,7 @@ def _launcher() -> tuple[list[str], dict[str, str]] | None:
         words, environment = parent.cmdline(), parent.environ()
     except psutil.Error:
         return None
-    if not any(
-        name in word for word in words[:4] for name in ("accelerate", "torchrun", "torch.distributed")
-    ):
+    if not any(Path(word).name in LAUNCHERS for word in words[:4]):
         return None
     script = next((i for i, word in enumerate(words) if word == sys.argv[0]), len(words))
     return words[:script], environment

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from recipes.arguments import MaskingArguments
+from recipes.arguments import MaskingArguments, UserError
 from recipes.randomness import (
     MASK_DECISION,
     MASK_REPLACEMENT,
@@ -43,9 +43,18 @@ class MaskedBlocks:
 
 
 class Masker:
-    """Selects and replaces tokens for one tokenizer under one set of `MaskingArguments`."""
+    """Selects and replaces tokens for one tokenizer under one set of `MaskingArguments`.
+
+    Raises:
+        UserError: Whole words or spans are asked for and the tokenizer does not mark words.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, arguments: MaskingArguments) -> None:
+        if arguments.masking_unit != "token" and not is_word_piece(tokenizer):
+            raise UserError(
+                f"masking_unit {arguments.masking_unit}: needs a WordPiece tokenizer, which marks the pieces "
+                "that continue a word; allowed with this one: token"
+            )
         self.arguments = arguments
         self.mask_id = tokenizer.mask_token_id
         self.separator_id = tokenizer.sep_token_id
@@ -88,6 +97,7 @@ class Masker:
         return _spans(words, maskable, key)
 
     def _select(self, units: np.ndarray, maskable: np.ndarray, key: tuple[np.ndarray, ...]) -> np.ndarray:
+        """Which tokens are to be predicted; bool [n, L]."""
         budget = np.rint(self.arguments.mlm_probability * maskable.sum(axis=1)).astype(np.int64)  # [n]
         luck = uniform(MASK_SELECTION, *key, units)
         if self.arguments.masking_unit != "token":
@@ -99,6 +109,7 @@ class Masker:
     def _replace(
         self, blocks: np.ndarray, decision_of: np.ndarray, key: tuple[np.ndarray, ...]
     ) -> np.ndarray:
+        """What each token becomes if it is selected; int64 [n, L]."""
         decision = uniform(MASK_DECISION, *key, decision_of)
         bits = random_bits(MASK_REPLACEMENT, *key, np.arange(blocks.shape[1])[None])
         random_token = self.replacements[(bits % np.uint64(len(self.replacements))).astype(np.int64)]
@@ -107,6 +118,7 @@ class Masker:
         return np.where(decision < masked, self.mask_id, kept_or_random)
 
     def _gather(self, blocks: np.ndarray, selected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Positions and labels of the selected tokens, padded; int64 [n, capacity] each."""
         capacity = self.capacity(blocks.shape[1])
         # A stable sort of "not selected" brings the selected positions to the front, in order.
         positions = np.argsort(~selected, axis=1, kind="stable")[:, :capacity]
@@ -120,12 +132,19 @@ class Masker:
         return np.cumsum(ends, axis=1) - ends
 
 
+def is_word_piece(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether pieces that continue a word begin with ##."""
+    return type(tokenizer.backend_tokenizer.model).__name__ == "WordPiece"
+
+
 def _spans(words: np.ndarray, maskable: np.ndarray, key: tuple[np.ndarray, ...]) -> np.ndarray:
     """Cut each block's words (numbers, [n, L]) into spans of whole words; special tokens end a span."""
     most = words.max() + 1
     draws = uniform(SPAN_LENGTH, *key, np.arange(most)[None])  # [n, most]
-    lengths = 1 + np.floor(np.log1p(-draws) / np.log(1 - SPAN_PROBABILITY)).astype(np.int64)
-    ends = np.cumsum(np.minimum(lengths, LONGEST_SPAN), axis=1)
+    longer = 1 - SPAN_PROBABILITY
+    # The inverse of the geometric distribution, cut off (not clipped) at the longest span.
+    lengths = 1 + np.floor(np.log1p(-draws * (1 - longer**LONGEST_SPAN)) / np.log(longer)).astype(np.int64)
+    ends = np.cumsum(lengths, axis=1)
     spans = np.stack([np.searchsorted(e, w, side="right") for e, w in zip(ends, words, strict=True)])
     # A span that a special token interrupts becomes two.
     return spans * words.shape[1] + np.cumsum(~maskable, axis=1)

@@ -1,18 +1,18 @@
 """From options to token stores: the main process of a machine prepares, the others wait for its word."""
 
 import json
-import os
+import secrets
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from recipes.arguments import PretrainingArguments, UserError
 from recipes.corpus import open_corpora
-from recipes.files import write_json
-from recipes.stages import Stage, remaining_tokens
+from recipes.files import make_cache_dir, write_json
+from recipes.stages import Stage, block_lengths, remaining_tokens
 from recipes.token_store import TokenStore, build_token_store
 from recipes.tokenization import prepare_tokenizer, tokenizer_fingerprint
 
@@ -33,59 +33,59 @@ class PreparedData:
         }
 
 
-def prepare_data(
-    args: PretrainingArguments, stages: list[Stage], num_processes: int, prepares: bool
-) -> PreparedData:
+def prepare_data(args: PretrainingArguments, stages: list[Stage], accelerator: Accelerator) -> PreparedData:
     """Tokenizer and token stores for the run, from the cache where they are there already.
 
-    Args:
-        args: The data options.
-        stages: The longest block and, with `num_processes`, how far a stream is read.
-        num_processes: Processes of the run.
-        prepares: Whether this process does the work; the others poll a file, in no collective that could
-            time out meanwhile.
+    Raises:
+        UserError: Anything that is wrong with corpus or tokenizer; on every process.
     """
+    tokens = remaining_tokens(stages, accelerator.num_processes, 0)
     if args.token_store:
-        return _open_prepared({"stores": [args.token_store], "weights": [1.0]})
-    word = _word_file(Path(args.cache_dir))
-    if not prepares:
-        return _open_prepared(_wait_for(word))
-    prepared = _prepare(args, stages, remaining_tokens(stages, num_processes, 0))
-    word.parent.mkdir(parents=True, exist_ok=True)
-    write_json(word, prepared)
-    return _open_prepared(prepared)
-
-
-def _prepare(args: PretrainingArguments, stages: list[Stage], needed_tokens: int) -> dict[str, list]:
-    corpora = open_corpora(args)
-    lengths = [args.max_seq_length, *(stage.max_seq_length for stage in stages)]
-    tokenizer = prepare_tokenizer(args, corpora, max(lengths))
-    total = sum(corpus.weight for corpus in corpora)
-    stores = []
-    for corpus in corpora:
-        share = int(needed_tokens * corpus.weight / total) + 1
-        store = build_token_store(corpus, tokenizer, args.cache_dir, share, max_unk_rate=args.max_unk_rate)
-        stores.append(str(store.path))
-    return {"stores": stores, "weights": [corpus.weight for corpus in corpora]}
-
-
-def _open_prepared(prepared: dict[str, list]) -> PreparedData:
+        prepared = {"stores": [args.token_store], "weights": [1.0]}
+    elif accelerator.num_processes == 1:
+        prepared = _prepare(args, tokens)
+    else:
+        prepared = _prepare_once(args, tokens, accelerator)
     stores = [TokenStore.open(folder) for folder in prepared["stores"]]
     tokenizer = AutoTokenizer.from_pretrained(stores[0].path / "tokenizer")
+    # Not a property of the store, which serves every length.
+    tokenizer.model_max_length = max(block_lengths(args, stages))
     return PreparedData(tokenizer, stores, prepared["weights"])
 
 
-def _word_file(cache_dir: Path) -> Path:
-    """A name that only the processes of this launch know: they have one parent."""
-    parent = psutil.Process(os.getppid())
-    return cache_dir / f".prepared-{parent.pid}-{int(parent.create_time() * 100)}.json"
+def _prepare(args: PretrainingArguments, needed_tokens: int) -> dict[str, list]:
+    """Folders of the finished stores, and the weights of their corpora.
+
+    A stream is read until the run has enough: with weights w, each needs an equal share, since a corpus is
+    passed over w times.
+    """
+    corpora = open_corpora(args)
+    tokenizer = prepare_tokenizer(args, corpora)
+    share = int(needed_tokens / sum(corpus.weight for corpus in corpora)) + 1
+    stores = [
+        build_token_store(corpus, tokenizer, args.cache_dir, share, args.max_unk_rate) for corpus in corpora
+    ]
+    return {"stores": [str(store.path) for store in stores], "weights": [c.weight for c in corpora]}
 
 
-def _wait_for(word: Path) -> dict[str, list]:
-    """Poll until the main process is done. Should it fail, the launcher ends this process too."""
-    parent = os.getppid()
+def _prepare_once(
+    args: PretrainingArguments, needed_tokens: int, accelerator: Accelerator
+) -> dict[str, list]:
+    """The main process of each machine prepares; the others poll a file, in no collective that times out."""
+    # Agreed on now, while nobody has to wait for long: a file of an earlier start has another name.
+    (nonce,) = broadcast_object_list([secrets.token_hex(8)])
+    word = make_cache_dir(args.cache_dir) / f".prepared-{nonce}.json"
+    if accelerator.is_local_main_process:
+        try:
+            write_json(word, _prepare(args, needed_tokens))
+        except UserError as error:
+            write_json(word, {"error": str(error)})
     while not word.exists():
-        if os.getppid() != parent:
-            raise UserError("the launcher is gone before the data was prepared")
         time.sleep(0.2)
-    return json.loads(word.read_text())
+    prepared = json.loads(word.read_text())
+    accelerator.wait_for_everyone()
+    if accelerator.is_local_main_process:
+        word.unlink(missing_ok=True)
+    if "error" in prepared:
+        raise UserError(prepared["error"])
+    return prepared

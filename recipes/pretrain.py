@@ -19,7 +19,8 @@ Two processes on CPU:
     ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 recipes/pretrain.py
 
 Started again, it continues where it stopped, or says that it is finished. `--help` lists all options; each
-can stand in the YAML file too. Exit codes: 0 done, 2 a mistake in options, data or folders.
+can stand in the YAML file too. Exit codes: 0 done, 2 a mistake in options, data or folders, 130 interrupted;
+`accelerate launch` turns each failure into 1 and adds a trace of its own after our line (not with `--quiet`).
 """
 
 import sys
@@ -36,6 +37,9 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command continues from the last checkpoint", file=sys.stderr)
+        return 130
     return 0
 
 

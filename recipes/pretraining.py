@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, gather_object, set_seed
 from transformers import BertConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -32,10 +32,13 @@ from recipes.model_card import write_model_card
 from recipes.optimization import build_optimizer
 from recipes.preparation import prepare_data
 from recipes.run_record import Metrics, check_same_run, describe_run, differences
-from recipes.stages import Stage, build_stages, remaining_tokens
+from recipes.stages import Stage, block_lengths, build_stages, remaining_tokens
 from recipes.token_store import unigram_cross_entropy
 from recipes.training import Trainer
 from recipes.validation import Validation
+
+# What the loop was built for: every process holds the whole model.
+DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 def pretrain(args: PretrainingArguments) -> None:
@@ -63,15 +66,23 @@ def pretrain(args: PretrainingArguments) -> None:
 def _build_accelerator(args: PretrainingArguments) -> Accelerator:
     if args.report_to != "none" and find_spec(args.report_to) is None:
         raise UserError(f"report_to {args.report_to}: not installed; pip install {args.report_to}")
-    return Accelerator(
+    accelerator = Accelerator(
         # Autocast is the loop's own affair (validation runs without), whatever the launcher says.
         mixed_precision="no",
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=args.output_dir,
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-        ],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
+    kind = accelerator.distributed_type
+    if kind not in DISTRIBUTED:
+        allowed = ", ".join(kind.value for kind in DISTRIBUTED)
+        raise UserError(f"the launcher's distributed_type {kind.value}: allowed: {allowed}")
+    if accelerator.gradient_accumulation_steps != 1:
+        raise UserError(
+            f"the launcher's gradient_accumulation_steps {accelerator.gradient_accumulation_steps}: the loop "
+            "divides by masked tokens itself; give --gradient_accumulation_steps to recipes/pretrain.py"
+        )
+    return accelerator
 
 
 @dataclass
@@ -104,11 +115,9 @@ class Run:
     def prepare(self) -> None:
         """Tokenizer, token stores, validation blocks, and the description of the run."""
         args, accelerator = self.args, self.accelerator
-        self.data = prepare_data(
-            args, self.stages, accelerator.num_processes, prepares=accelerator.is_local_main_process
-        )
+        self.data = prepare_data(args, self.stages, accelerator)
         for store in self.data.stores:
-            for length in {args.max_seq_length, *(stage.max_seq_length for stage in self.stages)}:
+            for length in block_lengths(args, self.stages):
                 store.check(length)
         self.masker = Masker(self.data.tokenizer, args)
         reader = BlockReader(self.data.stores, "validation", self.masker)
@@ -130,6 +139,8 @@ class Run:
             unigram_cross_entropy=self.unigram_cross_entropy,
             model_config=_architecture(self.config),
         )
+        # Folders that are not shared between machines would show here.
+        _check_agreement(self.record, "the prepared data differs between processes; share cache_dir")
         self.found = check_same_run(self.output_dir, self.record)
 
     def _vocab_size(self) -> int:
@@ -155,7 +166,8 @@ class Run:
         set_seed(args.seed)
         self.model = build_model(args, self.config)
         optimizer = build_optimizer(self.model, args)
-        compiled = torch.compile(self.model) if args.torch_compile else self.model
+        # Shapes change only from stage to stage: each is compiled as it is.
+        compiled = torch.compile(self.model, dynamic=False) if args.torch_compile else self.model
         wrapped, optimizer = accelerator.prepare(compiled, optimizer)
         self.peak = peak_of(accelerator.device, self.bf16)
         batches = TrainingBatches(
@@ -196,12 +208,14 @@ class Run:
             device = self.accelerator.device
             self.trainer.state = load_checkpoint(folder, self.model, self.trainer.optimizer, device)
             self.print(f"Continuing from {folder}.")
+        step = self.trainer.state.step
+        _check_agreement(step, "processes found different checkpoints; share output_dir")
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
+            write_json(self.output_dir / "run.json", self.record)
             if folder is not None and folder.parent != self.output_dir:
                 self.metrics.continue_from(folder.parent / "metrics.jsonl")
-            self.metrics.cut_back(self.trainer.state.step)
-            write_json(self.output_dir / "run.json", self.record)
+            self.metrics.cut_back(step)
             self.validation.save(self.output_dir / "validation_masks.safetensors")
         self._start_tracker()
 
@@ -256,7 +270,7 @@ class Run:
             folder = save_checkpoint(
                 self.output_dir, state, self.model, self.data.tokenizer, optimizer, self.record
             )
-            prune(self.output_dir, self.args.save_total_limit)
+            prune(self.output_dir, self.args.save_total_limit, newest=state.step)
             self.print(f"step {state.step:>7,}  saved {folder}")
 
     # ---------------------------------------------------------------- after training
@@ -294,6 +308,13 @@ def build_model(args: PretrainingArguments, config: BertLnConfig) -> PreTrainedM
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model.train()
+
+
+def _check_agreement(value: Any, otherwise: str) -> None:
+    """Raise on every process unless `value` is the same on all."""
+    values = gather_object([json.dumps(value, sort_keys=True)])
+    if len(set(values)) > 1:
+        raise UserError(otherwise)
 
 
 def _architecture(config: BertLnConfig) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """run.json and metrics.jsonl: what a run is, and what it measured, in plain files."""
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -9,7 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from recipes.arguments import PretrainingArguments, UserError
+from bert_ln import BertLnConfig
+from recipes.arguments import MODEL_OPTIONS, PretrainingArguments, UserError
 from recipes.files import sync
 from recipes.stages import Stage
 
@@ -58,20 +60,20 @@ def describe_run(
 def differences(ours: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """What makes `other` another run than `ours`: options, batches, fingerprints, model; one line each."""
     mine, theirs = _identity(ours), _identity(other)
-    # What is not known yet on either side (fingerprints, before the data is prepared) is not compared.
-    both = [name for name in mine if name in theirs or name in ours["options"]]
+    # What is not known yet (fingerprints, before the data is prepared) is not compared.
     return [
-        f"{name} is {_short(mine[name])}, was {_short(theirs.get(name))}"
-        for name in both
-        if mine[name] != theirs.get(name)
+        f"{name} is {_short(value)}, was {_short(theirs.get(name))}"
+        for name, value in mine.items()
+        if value != theirs.get(name)
     ]
 
 
 def _identity(record: dict[str, Any]) -> dict[str, Any]:
     """What a run is, in one flat table."""
     options = {name: value for name, value in record["options"].items() if name not in OPERATIONAL}
-    facts = {name: record[name] for name in FACTS if name in record}
-    return options | record.get("model_config", {}) | facts
+    # A default that is given explicitly is no difference.
+    model = {name: getattr(BertLnConfig, name) for name in MODEL_OPTIONS} | options.pop("model")
+    return options | model | {name: record[name] for name in FACTS if name in record}
 
 
 def check_same_run(output_dir: Path, ours: dict[str, Any]) -> dict[str, Any] | None:
@@ -81,9 +83,10 @@ def check_same_run(output_dir: Path, ours: dict[str, Any]) -> dict[str, Any] | N
         UserError: It describes another run, or the folder holds something that is no run.
     """
     file = output_dir / "run.json"
-    _check_writable(output_dir)
     if not file.exists():
-        if output_dir.exists() and any(output_dir.iterdir()):
+        _check_writable(output_dir)
+        # A run that was killed while it began leaves a half-written run.json.
+        if output_dir.exists() and any(f.name != ".run.json.partial" for f in output_dir.iterdir()):
             raise UserError(
                 f"output_dir {output_dir}: holds files but no run; choose an empty or a new folder"
             )
@@ -99,6 +102,8 @@ def check_same_run(output_dir: Path, ours: dict[str, Any]) -> dict[str, Any] | N
         raise UserError(
             f"output_dir {output_dir}: holds a different run ({'; '.join(different)}); choose another folder"
         )
+    if "results" not in found:
+        _check_writable(output_dir)
     return found
 
 
@@ -116,19 +121,25 @@ class Metrics:
 
     def append(self, line: dict[str, Any]) -> None:
         """Add a line and hand it to the operating system."""
+        # JSON has no NaN and no infinity: a loss that is neither is null.
+        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         with self.file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
+            stream.write(json.dumps(line, allow_nan=False) + "\n")
 
     def lines(self) -> list[dict[str, Any]]:
-        """All lines; a last line that was cut short by a crash is left out."""
-        if not self.file.exists():
-            return []
+        """All lines; a last line that was cut short by a crash is left out.
+
+        Raises:
+            UserError: Another line is damaged.
+        """
+        texts = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []
         lines = []
-        for text in self.file.read_text(encoding="utf-8").splitlines():
+        for number, text in enumerate(texts, 1):
             try:
                 lines.append(json.loads(text))
             except ValueError:
-                continue
+                if number < len(texts):
+                    raise UserError(f"output_dir: {self.file}, line {number}, is damaged") from None
         return lines
 
     def continue_from(self, other: Path) -> None:

@@ -1,7 +1,9 @@
 """The length and the batch as data: a table of stages, and which of its rows an update belongs to."""
 
 from dataclasses import dataclass
+from typing import Any
 
+from bert_ln import BertLnConfig
 from recipes.arguments import PretrainingArguments, UserError, nearest
 
 
@@ -35,7 +37,8 @@ def build_stages(args: PretrainingArguments) -> list[Stage]:
     A row takes what it leaves out from the options of the same name.
 
     Raises:
-        UserError: unknown or missing key, a number below 1, or steps that do not add up to max_steps.
+        UserError: unknown or missing key, a number below 1, steps that do not add up to max_steps, or a
+            length that does not suit the model or the masking.
     """
     rows = args.stages or [{"steps": args.max_steps}]
     stages, first_step = [], 0
@@ -46,13 +49,34 @@ def build_stages(args: PretrainingArguments) -> list[Stage]:
         first_step += row["steps"]
     if first_step != args.max_steps:
         raise UserError(f"stages: their steps add up to {first_step}, but max_steps is {args.max_steps}")
+    for length in block_lengths(args, stages):
+        _check_length(length, args)
     return stages
 
 
-def _check_row(number: int, row: dict) -> None:
+def block_lengths(args: PretrainingArguments, stages: list[Stage]) -> set[int]:
+    """Every block length of the run; validation has that of `max_seq_length`."""
+    return {args.max_seq_length, *(stage.max_seq_length for stage in stages)}
+
+
+def _check_length(length: int, args: PretrainingArguments) -> None:
+    positions = args.model.get("max_position_embeddings", BertLnConfig.max_position_embeddings)
+    if length < 8:
+        raise UserError(f"max_seq_length {length}: must be at least 8")
+    if length > positions:
+        raise UserError(f"max_seq_length {length}: the model has max_position_embeddings {positions}")
+    if round(args.mlm_probability * (length - 2)) < 1:
+        raise UserError(
+            f"mlm_probability {args.mlm_probability}: selects no token of a block of {length}; give more"
+        )
+
+
+def _check_row(number: int, row: Any) -> None:
+    if not isinstance(row, dict):
+        raise UserError(f"stages[{number}] {row!r}: must be a table with {', '.join(('steps', *OPTIONAL))}")
     for key in row:
         if key not in ("steps", *OPTIONAL):
-            raise UserError(f"stages[{number}].{key}: unknown; {nearest(key, ('steps', *OPTIONAL))}")
+            raise UserError(f"stages[{number}].{key}: unknown; {nearest(str(key), ('steps', *OPTIONAL))}")
     if "steps" not in row:
         raise UserError(f"stages[{number}]: steps is missing")
     for key, value in row.items():

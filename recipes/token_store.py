@@ -9,7 +9,6 @@ so one store serves every `max_seq_length`; a tail shorter than L - 2 is left ou
 of `SHARD_TOKENS` ids, 2 bytes each for vocabularies up to 65,536.
 """
 
-import errno
 import hashlib
 import json
 import shutil
@@ -45,6 +44,8 @@ class TokenStore:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.about = json.loads((path / "store.json").read_text())
+        if self.about["format"] != FORMAT or not (path / "tokenizer").is_dir():
+            raise ValueError(f"format {self.about['format']} instead of {FORMAT}, or no tokenizer")
         self._shards = {split: self._map(split) for split in SPLITS}
 
     @classmethod
@@ -56,10 +57,8 @@ class TokenStore:
         """
         try:
             return cls(Path(path))
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"token store {path}: missing or damaged ({error}); give another, or delete it to rebuild it"
-            ) from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"token store {path}: missing or damaged ({error}); delete the folder") from error
 
     def __reduce__(self) -> tuple[Callable, tuple[Path]]:
         return TokenStore.open, (self.path,)
@@ -253,19 +252,13 @@ def _build(
     _check_disk(folder, tokens * np.dtype(about["dtype"]).itemsize)
     backend = _plain_backend(tokenizer)
     splits = {}
-    try:
-        for split in SPLITS:
-            with _SplitWriter(folder, split, about) as writer:
-                writer.write(corpus, backend, needed if split == "train" else None, limit)
-            splits[split] = writer.finish()
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise UserError(f"cache_dir {folder.parent}: the disk is full; free space or give another") from error
+    for split in SPLITS:
+        with _SplitWriter(folder, split, about) as writer:
+            writer.write(corpus, backend, needed if split == "train" else None, limit)
+        splits[split] = writer.finish()
     corpus.check_overlap(*(np.load(folder / f"hashes-{split}.npy") for split in SPLITS))
     # A store goes where there is no corpus: it brings its tokenizer.
     tokenizer.save_pretrained(folder / "tokenizer")
-    tokenizer.save_pretrained(folder / "tokenizer")  # training needs nothing but the store
     (folder / "store.json").write_text(json.dumps({**about, "splits": splits}, indent=1))
 
 

@@ -26,9 +26,7 @@ MAX_TRAINING_CHARACTERS = 500_000_000
 FORMAT = 1
 
 
-def prepare_tokenizer(
-    data: DataArguments, corpora: list[Corpus], max_length: int | None = None
-) -> PreTrainedTokenizerBase:
+def prepare_tokenizer(data: DataArguments, corpora: list[Corpus]) -> PreTrainedTokenizerBase:
     """The tokenizer `tokenizer_name`, or one trained on the training documents.
 
     A trained tokenizer is kept in `cache_dir`.
@@ -36,13 +34,11 @@ def prepare_tokenizer(
     Args:
         data: options.
         corpora: where the text comes from.
-        max_length: tokens in the longest block; None: `max_seq_length`.
 
     Raises:
         UserError: the tokenizer cannot be loaded, trained or used.
     """
     tokenizer = _load(data.tokenizer_name or str(_trained(data, corpora)))
-    tokenizer.model_max_length = max_length or data.max_seq_length
     return tokenizer
 
 

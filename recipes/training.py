@@ -92,8 +92,10 @@ class Trainer:
 
     def _global_count(self, micro_batches: list[Batch]) -> torch.Tensor:
         """Masked tokens of this update on all processes; stays on the device."""
-        count = torch.tensor(masked_tokens(micro_batches), dtype=self.window.dtype)
-        count = count.to(self.accelerator.device, non_blocking=True)
+        # Filled on the device: copying a number there could make the host wait.
+        count = torch.full(
+            (), masked_tokens(micro_batches), dtype=self.window.dtype, device=self.window.device
+        )
         return self.accelerator.reduce(count, reduction="sum")
 
     def _backward(self, batch: Batch, count: torch.Tensor) -> None:

@@ -17,6 +17,8 @@ from recipes.sampling import Samples
 
 # Not the run's seed: runs of different seeds must be validated on the same masks.
 MASK_SEED = 0
+# Blocks that are masked at once: memory stays small.
+SLICE = 1024
 
 
 class Validation:
@@ -24,7 +26,9 @@ class Validation:
 
     def __init__(self, reader: BlockReader, max_seq_length: int, max_eval_samples: int | None) -> None:
         samples = _samples(reader, max_seq_length, max_eval_samples)
-        self.batch = reader(samples, max_seq_length, MASK_SEED)
+        slices = (_slice(samples, start) for start in range(0, len(samples.block), SLICE))
+        batches = [reader(part, max_seq_length, MASK_SEED) for part in slices]
+        self.batch = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
         self.mask_fingerprint = _fingerprint(self.batch)
         self.masked_tokens = int((self.batch["labels"] != IGNORED).sum())
         self.blocks = len(self.batch["labels"])
@@ -66,6 +70,11 @@ def _samples(reader: BlockReader, max_seq_length: int, max_eval_samples: int | N
         chosen = np.linspace(0, len(block) - 1, max_eval_samples).round().astype(np.int64)
         corpus, block = corpus[chosen], block[chosen]
     return Samples(corpus, block, np.zeros_like(block))
+
+
+def _slice(samples: Samples, start: int) -> Samples:
+    end = start + SLICE
+    return Samples(samples.corpus[start:end], samples.block[start:end], samples.epoch[start:end])
 
 
 def _fingerprint(batch: Batch) -> str:

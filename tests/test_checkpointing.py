@@ -72,6 +72,8 @@ def test_damage_is_found_and_the_one_before_is_taken(save, tmp_path, file):
     assert "checkpoint-2" in passed_over[0]
     with pytest.raises(UserError, match="resume_from_checkpoint"):
         find_checkpoint(tmp_path, str(bad))
+    with pytest.raises(UserError, match="a run is always continued"):
+        find_checkpoint(tmp_path, False)
 
 
 def test_without_its_marker_a_folder_does_not_exist(save, tmp_path):
@@ -93,11 +95,27 @@ def test_pruning_keeps_the_newest_complete_ones(save, tmp_path):
     for step in (1, 2, 3, 4):
         save(step)
     (tmp_path / "checkpoint-4" / "complete.json").unlink()
-    prune(tmp_path, None)
+    prune(tmp_path, None, newest=4)
     assert len(list(tmp_path.glob("checkpoint-*"))) == 4
-    prune(tmp_path, 2)
+    prune(tmp_path, 2, newest=4)
     kept = sorted(folder.name for folder in tmp_path.glob("checkpoint-*"))
     assert kept == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+
+
+def test_pruning_never_takes_the_one_just_saved(save, tmp_path):
+    """A later checkpoint was found damaged, and the run went back to an earlier one."""
+    damaged, good = save(12), save(10)
+    (damaged / "model.safetensors").write_bytes(b"")
+    prune(tmp_path, 1, newest=10)
+    assert find_checkpoint(tmp_path, None)[0] == good
+
+
+def test_saving_a_step_again_replaces_it(save, tmp_path):
+    first = save(3)
+    before = (first / "model.safetensors").read_bytes()
+    assert (save(3) / "model.safetensors").read_bytes() != before
+    assert damage_of(first) is None
+    assert [f.name for f in tmp_path.iterdir()] == ["checkpoint-3"]
 
 
 @pytest.mark.parametrize("function", ["torch.save", "write_model", "write_json", "sync_tree", "os.replace"])

@@ -57,8 +57,8 @@ def test_words_become_values():
         ("--mlm_probability 15", "mlm_probability 15.0: must be more than 0 and less than 1"),
         ("--mask_replace_prob 0.95", "must be at most 1"),
         ("--masking_unit words", "masking_unit 'words': allowed: token, whole_word, span"),
-        ("--optim adamw_torch_fussed", "optim 'adamw_torch_fussed': did you mean adamw_torch_fused?"),
-        ("--lr_scheduler_type linar", "lr_scheduler_type 'linar': did you mean linear?"),
+        ("--optim adamw_torch_fussed", "optim 'adamw_torch_fussed': allowed: adamw_torch, adamw_torch_fused"),
+        ("--lr_scheduler_type linar", "lr_scheduler_type 'linar': allowed: linear, constant"),
         ("--lr_scheduler_kwargs {num_decay_steps: 1}", "lr_scheduler_kwargs.num_decay_steps"),
         ("--norm_placement prenorm", "norm_placement"),
         ("--norm_placement prenorm", "'pre'"),
@@ -68,10 +68,16 @@ def test_words_become_values():
         ("--max_seq_length 4", "max_seq_length 4: must be at least 8"),
         ("--warmup_steps 999999", "warmup_steps 999999: must be less than max_steps"),
         ("--bf16 perhaps", "bf16 'perhaps': must be of type bool or null"),
-        ("--report_to wanddb", "report_to 'wanddb': did you mean wandb?"),
+        ("--report_to wanddb", "report_to 'wanddb': allowed: none, tensorboard"),
         ("--config nowhere.yaml", "config nowhere.yaml: no such file"),
-        ("--validation_split_percentage 100", "validation_split_percentage 100.0: must be"),
         ("stray", "stray: unknown option"),
+        ("--seed 4294967296", "seed 4294967296: must be at least 0 and less than 2**32"),
+        ("--learning_rate inf", "learning_rate inf: must be at least 0"),
+        ("--max_steps", "max_steps"),
+        ("--num_attention_heads 0", "num_attention_heads"),
+        ("--stages [5]", "stages[0] 5: must be a table"),
+        ("--mlm_probability 0.001", "mlm_probability 0.001: selects no token of a block of 128"),
+        ("--attn_implementation flash", "attn_implementation 'flash': allowed: eager, sdpa, flex_attention"),
     ],
 )
 def test_mistakes_are_named(words, message):
@@ -90,6 +96,16 @@ def test_mistakes_are_named(words, message):
         ("a: b: c", "not readable as YAML"),
         ("stages: 5", "stages 5: must be of type"),
         ("vocab_size: true", "vocab_size True: must be of type int"),
+        ("1: 2", "1: unknown option"),
+        ("token_store: x\ntrain_file: y", "train_file y: not together with token_store"),
+        (
+            "lr_scheduler_type: warmup_stable_decay\nlr_scheduler_kwargs: {num_decay_steps: 0}",
+            "lr_scheduler_kwargs.num_decay_steps 0: must be at least 1",
+        ),
+        (
+            "lr_scheduler_type: warmup_stable_decay\nlr_scheduler_kwargs: {min_lr_ratio: low}",
+            "lr_scheduler_kwargs.min_lr_ratio 'low': must be between 0 and 1",
+        ),
     ],
 )
 def test_mistakes_in_yaml_are_named(tmp_path, text, message):

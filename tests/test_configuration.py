@@ -4,10 +4,10 @@ import json
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
-from model_fixtures import SIZES
-from transformers import AutoConfig, BertConfig
+from model_fixtures import SIZES, ours
+from transformers import AutoConfig, BertConfig, BertModel
 
-from bert_ln import BertLnConfig
+from bert_ln import BertLnConfig, BertLnModel
 from bert_ln.configuration_bert_ln import AUTO_MAP
 
 
@@ -27,16 +27,54 @@ def test_defaults():
         ({"embedding_norm": "yes"}, ["embedding_norm", "bool"]),
         ({"sparse_prediction": 1}, ["sparse_prediction", "bool"]),
         ({"layer_norm_eps": "1e-12"}, ["layer_norm_eps"]),
-        ({"hidden_size": 30, "num_attention_heads": 4}, ["hidden_size (30)", "num_attention_heads (4)"]),
-        ({"num_hidden_layers": 0}, ["num_hidden_layers", "0"]),
-        ({"num_attention_heads": -1}, ["num_attention_heads", "-1"]),
-        ({"vocab_size": 0}, ["vocab_size", "0"]),
     ],
 )
 def test_refuses_bad_values(settings, words):
     with pytest.raises(StrictDataclassError) as error:
         BertLnConfig(**settings)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"hidden_size": 30}, ["hidden_size=30", "num_attention_heads=4"]),
+        ({"num_hidden_layers": -1}, ["num_hidden_layers=-1", "at least 0"]),
+        ({"num_attention_heads": 0}, ["num_attention_heads=0", "at least 1"]),
+        ({"vocab_size": 0}, ["vocab_size=0", "at least 1"]),
+        ({"hidden_dropout_prob": 3.0}, ["hidden_dropout_prob=3.0", "between 0 and 1"]),
+        ({"attention_probs_dropout_prob": -0.1}, ["attention_probs_dropout_prob=-0.1"]),
+        ({"classifier_dropout": 2.0}, ["classifier_dropout=2.0"]),
+        ({"layer_norm_eps": -1.0}, ["layer_norm_eps=-1.0", "above 0"]),
+        ({"hidden_act": "gelo"}, ["hidden_act='gelo'", "'gelu'"]),
+        ({"add_cross_attention": True}, ["add_cross_attention=True", "is_decoder=True"]),
+    ],
+)
+def test_refuses_to_build(settings, words):
+    with pytest.raises(ValueError) as error:
+        ours("ForMaskedLM", **settings)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize("number", [{}, {"a": 1e-12, "b": 1e-6}])
+def test_epsilon_is_one_number(number):
+    with pytest.raises(ValueError, match="must be one number"):
+        BertLnConfig(layer_norm_eps=number)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"hidden_size": 37}, {"hidden_size": 0}, {"num_attention_heads": 0}, {"num_hidden_layers": 0}],
+)
+def test_holds_what_a_stock_config_holds(settings):
+    """Tools of transformers make configs that are never built."""
+    assert settings.items() <= BertConfig(**settings).to_dict().items()
+    assert settings.items() <= BertLnConfig(**settings).to_dict().items()
+
+
+def test_no_layers_as_stock():
+    assert len(BertModel(BertConfig(**{**SIZES, "num_hidden_layers": 0})).encoder.layer) == 0
+    assert len(ours("Model", num_hidden_layers=0).encoder.layer) == 0
 
 
 @pytest.mark.parametrize("name", ["norm_placment", "norm_placements", "hidden_sise", "embeding_norm"])
@@ -60,6 +98,13 @@ def test_extras_of_hub_configs_pass():
         "output_past": True,
         "torch_dtype": "float32",
         "finetuning_task": None,
+        "tie_encoder_decoder": False,
+        "torchscript": False,
+        "pruned_heads": {},
+        "use_bfloat16": False,
+        "cross_attention_hidden_size": None,
+        "decoder_start_token_id": None,
+        "sep_token_id": None,
     }
     config = BertLnConfig(**extras)
     assert config.num_labels == 5
@@ -68,8 +113,8 @@ def test_extras_of_hub_configs_pass():
 
 def test_overrides_of_a_folder_are_checked(tmp_path):
     BertLnConfig(**SIZES).save_pretrained(tmp_path)
-    with pytest.raises(StrictDataclassError, match="num_attention_heads"):
-        BertLnConfig.from_pretrained(tmp_path, num_attention_heads=5)
+    with pytest.raises(ValueError, match="num_attention_heads=5"):
+        BertLnModel(BertLnConfig.from_pretrained(tmp_path, num_attention_heads=5))
     with pytest.raises(StrictDataclassError, match="norm_placement"):
         BertLnConfig.from_pretrained(tmp_path, norm_placement="before")
 

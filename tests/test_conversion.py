@@ -1,5 +1,7 @@
 """Conversions, judged by the outputs of the stock classes."""
 
+import json
+import shutil
 import subprocess
 import sys
 
@@ -25,20 +27,26 @@ CASES = {
 PAIRS = [(family, head) for family, (_, _, heads) in CASES.items() for head in heads]
 
 
-def assert_same_outputs(model, other, head):
-    """Equal outputs on a batch without padding, whose positions RoBERTa counts in another way."""
+def assert_same_outputs(model, other, head, family):
+    """Equal outputs and gradients, for RoBERTa without padding, whose positions it counts in another way."""
     inputs = head_inputs(head)
-    inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    if family == "roberta-prelayernorm":
+        inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
     mine, theirs = model.eval()(**inputs), other.eval()(**inputs)
     names = [name for name in mine if name in theirs]
-    assert (
-        "logits" in names
-        or "last_hidden_state" in names
-        or "prediction_logits" in names
-        or "start_logits" in names
-    )
+    assert {"logits", "last_hidden_state", "prediction_logits", "start_logits"} & set(names)
     for name in names:
         torch.testing.assert_close(theirs[name], mine[name], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        gradient_norms(other, theirs), gradient_norms(model, mine), rtol=1e-3, atol=1e-5
+    )
+
+
+def gradient_norms(model, outputs):
+    """The norm of the gradient of every parameter, sorted, because the names differ."""
+    model.zero_grad()
+    (outputs.loss if "loss" in outputs else outputs.pooler_output.square().sum()).backward()
+    return torch.tensor(sorted(p.grad.norm().item() for p in model.parameters() if p.grad is not None))
 
 
 @pytest.mark.parametrize(("family", "head"), PAIRS)
@@ -53,7 +61,7 @@ def test_to_stock_and_back(tmp_path, family, head):
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert theirs.config.layer_norm_eps == 1e-6
     assert not list((tmp_path / "stock").glob("*.py"))
-    assert_same_outputs(model, theirs, head)
+    assert_same_outputs(model, theirs, head, family)
     convert(tmp_path / "stock", tmp_path / "back", "bert_ln")
     back = getattr(bert_ln, f"BertLn{head}").from_pretrained(tmp_path / "back")
     state = back.state_dict()
@@ -70,7 +78,7 @@ def test_from_stock(tmp_path, family, head):
     model = convert(tmp_path / "stock", tmp_path / "ours", "bert_ln")
     loaded = getattr(bert_ln, f"BertLn{head}").from_pretrained(tmp_path / "ours")
     assert type(loaded) is type(model)
-    assert_same_outputs(loaded, theirs, head)
+    assert_same_outputs(loaded, theirs, head, family)
 
 
 def test_roberta_with_padding_at_the_end(tmp_path):
@@ -98,6 +106,22 @@ def test_dtype_labels_and_tokenizer_are_kept(tmp_path, dtype):
     assert theirs.config.id2label == names["id2label"]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "stock")
     assert tokenizer("a cats").input_ids == [2, 5, 6, 8, 3]
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_untied_weights_and_tokenizer_are_kept(tmp_path, family):
+    prefix, settings, _ = CASES[family]
+    model = randomise(ours("ForMaskedLM", **settings, tie_word_embeddings=False))
+    model.save_pretrained(tmp_path / "ours")
+    save_tokenizer(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "stock", family)
+    theirs = getattr(transformers, f"{prefix}ForMaskedLM").from_pretrained(tmp_path / "stock")
+    assert not torch.equal(theirs.get_output_embeddings().weight, theirs.get_input_embeddings().weight)
+    assert_same_outputs(model, theirs, "ForMaskedLM", family)
+    back = convert(tmp_path / "stock", tmp_path / "back", "bert_ln")
+    assert_same_outputs(model, back, "ForMaskedLM", family)
+    for folder in ("stock", "back"):
+        assert AutoTokenizer.from_pretrained(tmp_path / folder)("a cats").input_ids == [2, 5, 6, 8, 3]
 
 
 def test_stock_folder_has_no_trace_of_ours(tmp_path):
@@ -139,8 +163,9 @@ def test_refuses_incomplete_sources_and_used_destinations(tmp_path):
     model.save_pretrained(tmp_path / "ours")
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").touch()
-    with pytest.raises(ValueError, match="not empty"):
-        convert(tmp_path / "ours", tmp_path / "used", "bert")
+    for used in (tmp_path / "used", tmp_path / "used" / "file"):
+        with pytest.raises(ValueError, match="exists and is not an empty folder"):
+            convert(tmp_path / "ours", used, "bert")
     state = model.state_dict()
     del state["pooler.dense.weight"]
     model.save_pretrained(tmp_path / "incomplete", state_dict=state)
@@ -151,6 +176,65 @@ def test_refuses_incomplete_sources_and_used_destinations(tmp_path):
         convert(tmp_path / "gpt2", tmp_path / "new", "bert_ln")
 
 
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+BREAKS = {
+    "no JSON": lambda folder: (folder / "config.json").write_text("{"),
+    "wrong type": lambda folder: change_config(folder, hidden_size="x"),
+    "unknown placement": lambda folder: change_config(folder, norm_placement="foo"),
+    "misspelt field": lambda folder: change_config(folder, norm_placment="post"),
+    "unknown activation": lambda folder: change_config(folder, hidden_act="gelo"),
+    "wrong size": lambda folder: change_config(folder, vocab_size=60),
+    "wrong placement": lambda folder: change_config(folder, norm_placement="pre"),
+    "weights cut off": lambda folder: (folder / "model.safetensors").write_bytes(b"xx"),
+    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "weights of more layers": lambda folder: change_config(folder, num_hidden_layers=1),
+}
+
+
+@pytest.mark.parametrize("source", ["ours", "stock"])
+@pytest.mark.parametrize("what", BREAKS)
+def test_broken_sources_are_one_line(tmp_path, capsys, source, what):
+    (ours("ForMaskedLM", "post") if source == "ours" else stock("ForMaskedLM")).save_pretrained(
+        tmp_path / "src"
+    )
+    BREAKS[what](tmp_path / "src")
+    if source == "stock" and what in ("unknown placement", "misspelt field", "wrong placement"):
+        pytest.skip("means nothing to a stock config")
+    capsys.readouterr()
+    to = "bert" if source == "ours" else "bert_ln"
+    assert main([str(tmp_path / "src"), str(tmp_path / "dst"), "--to", to]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"src"}
+
+
+def test_weights_without_a_place_are_named(tmp_path, caplog):
+    stock("ForPreTraining").save_pretrained(tmp_path / "stock")
+    change_config(tmp_path / "stock", architectures=["BertForMaskedLM"])
+    convert(tmp_path / "stock", tmp_path / "ours", "bert_ln")
+    assert "bert.pooler.dense.weight" in caplog.text and "cls.seq_relationship.weight" in caplog.text
+
+
+def test_destination_is_complete_or_absent(tmp_path, monkeypatch):
+    ours("ForMaskedLM", "post").save_pretrained(tmp_path / "ours")
+    save_tokenizer(tmp_path / "ours")
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", full)
+        assert main([str(tmp_path / "ours"), str(tmp_path / "dst"), "--to", "bert"]) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"ours"}
+    (tmp_path / "dst").mkdir()
+    assert main([str(tmp_path / "ours"), str(tmp_path / "dst"), "--to", "bert"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"ours", "dst"}
+
+
 def test_command_line(tmp_path):
     ours("ForMaskedLM", "post").save_pretrained(tmp_path / "ours")
     command = [sys.executable, "-m", "bert_ln.conversion", str(tmp_path / "ours"), str(tmp_path / "stock")]
@@ -159,4 +243,4 @@ def test_command_line(tmp_path):
     assert "BertForMaskedLM" in run.stdout
     again = subprocess.run([*command, "--to", "bert"], capture_output=True, text=True)
     assert again.returncode == 2
-    assert "not empty" in again.stderr and "Traceback" not in again.stderr
+    assert "not an empty folder" in again.stderr and "Traceback" not in again.stderr

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from transformers import BertTokenizer
+from tokenizers import Tokenizer, models
+from transformers import BertTokenizer, PreTrainedTokenizerFast
 
-from recipes.arguments import MaskingArguments
-from recipes.masking import IGNORED, Masker
+from recipes.arguments import MaskingArguments, UserError
+from recipes.masking import IGNORED, Masker, _spans
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 UNUSED = [f"[unused{i}]" for i in range(5)]
@@ -117,6 +118,26 @@ def test_spans_are_longer_than_words(tokenizer):
         return selected.sum() / (np.diff(selected.astype(int), axis=1) == 1).sum()
 
     assert mean_run("span") > 2 * mean_run("whole_word")
+
+
+def test_span_lengths_are_those_of_spanbert():
+    """Geometric with p = 0.2, renormalised to at most 10 words: 3.8 on average (SpanBERT, section 3.1)."""
+    words = np.broadcast_to(np.arange(500), (200, 500))
+    everything = np.ones(words.shape, bool)
+    spans = _spans(words, everything, (np.zeros((200, 1), np.int64), np.arange(200)[:, None]))
+    lengths = np.concatenate([np.unique(row, return_counts=True)[1][:-1] for row in spans])
+    weights = 0.2 * 0.8 ** np.arange(10)
+    assert lengths.max() == 10
+    assert lengths.mean() == pytest.approx((weights * np.arange(1, 11)).sum() / weights.sum(), rel=0.02)
+
+
+def test_words_need_a_word_piece_tokenizer(tokenizer):
+    backend = Tokenizer(models.WordLevel(vocab=VOCABULARY, unk_token="[UNK]"))
+    names = {"unk_token": "[UNK]", "mask_token": "[MASK]", "sep_token": "[SEP]", "cls_token": "[CLS]"}
+    other = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", **names)
+    Masker(other, MaskingArguments())
+    with pytest.raises(UserError, match="masking_unit whole_word: needs a WordPiece tokenizer"):
+        Masker(other, MaskingArguments(masking_unit="whole_word"))
 
 
 @pytest.mark.parametrize("unit", ["token", "whole_word", "span"])

@@ -8,6 +8,8 @@ from model_fixtures import HEADS, PLACEMENTS, SIZES, batch, head_inputs, mlm_lab
 from torch import nn
 from torch.nn import functional as F
 
+from transformers import Trainer, TrainingArguments
+
 import bert_ln
 from bert_ln import BertLnForMaskedLM, BertLnModel
 from bert_ln.norms import NORM_CLASSES
@@ -49,12 +51,16 @@ def test_post_ln_equals_stock(head, attention):
         torch.testing.assert_close(mine[name], value, rtol=1e-5, atol=1e-6)
 
 
-def test_recorded_states_equal_stock():
-    model, reference = parallel("Model", attn_implementation="eager")
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_recorded_states_equal_stock(attention):
+    model, reference = parallel("Model", attn_implementation=attention)
     wanted = {"output_hidden_states": True, "output_attentions": True}
     outputs, expected = model(**batch(), **wanted), reference(**batch(), **wanted)
-    for name in ("hidden_states", "attentions"):
-        assert len(outputs[name]) == len(expected[name]) > 0
+    layers = SIZES["num_hidden_layers"]
+    # SDPA does not return weights, in the stock class either.
+    lengths = {"hidden_states": layers + 1, "attentions": layers if attention == "eager" else 0}
+    for name, length in lengths.items():
+        assert len(outputs[name]) == len(expected[name]) == length
         for mine, theirs in zip(outputs[name], expected[name], strict=True):
             torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
 
@@ -125,6 +131,22 @@ def test_number_of_norms(placement, embedding_norm, extra):
     assert len(norms) == 2 * SIZES["num_hidden_layers"] + extra
     assert {norm.eps for norm in norms} == {1e-12}
     assert {norm.normalized_shape for norm in norms} == {(SIZES["hidden_size"],)}
+
+
+@pytest.mark.parametrize(("placement", "low", "high"), [("post", 0.9, 2), ("pre", 0, 0.6)])
+def test_last_gradient_at_the_start(placement, low, high):
+    """Xiong et al. 2020, Theorem 1: with depth, the last feed-forward gradient shrinks in Pre-LN only."""
+
+    def mean_norm(layers):
+        norms = []
+        for seed in range(3):
+            # Weights of about Xavier's size, as in the theorem.
+            model = ours(placement=placement, seed=seed, num_hidden_layers=layers, initializer_range=0.25)
+            model(**batch(), labels=batch()["input_ids"]).loss.backward()
+            norms.append(model.bert.encoder.layer[-1].output.dense.weight.grad.norm().item())
+        return sum(norms) / len(norms)
+
+    assert low <= mean_norm(16) / mean_norm(2) <= high
 
 
 # --- the formulas of Xiong et al. 2020, Table 1 -------------------------------------------------------------
@@ -248,6 +270,8 @@ def test_masked_positions_are_checked():
         ours()(**batch(), masked_positions=positions)
     with pytest.raises(ValueError, match="must be aligned"):
         ours(sparse_prediction=True)(**batch(), masked_positions=positions, labels=torch.zeros(3, 3).long())
+    with pytest.raises(ValueError, match="masked_positions have 2 rows, the batch has 3"):
+        ours(sparse_prediction=True)(**batch(), masked_positions=positions[:2], labels=positions[:2])
 
 
 @pytest.mark.parametrize("sparse", [False, True])
@@ -298,6 +322,33 @@ def test_who_divides_by_the_global_count(head):
     assert getattr(bert_ln, f"BertLn{head}").accepts_loss_kwargs is (head == "ForMaskedLM")
 
 
+def trainer_log(head, sparse, steps, folder):
+    """Loss and gradient norm of one update on 8 rows with 0 to 7 masks, accumulated over `steps`."""
+    model = randomise(
+        ours(head, sparse_prediction=sparse, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    )
+    inputs = batch(rows=8, padded=False)
+    masks = torch.where(torch.arange(12) < torch.arange(8)[:, None], inputs["input_ids"], -100)
+    labels = masks if head == "ForMaskedLM" else torch.arange(8) % 2
+    rows = [{name: value[i] for name, value in inputs.items()} | {"labels": labels[i]} for i in range(8)]
+    arguments = TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=8 // steps, gradient_accumulation_steps=steps,
+        max_steps=1, logging_steps=1, report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    return log["loss"], float(log["grad_norm"])
+
+
+@pytest.mark.parametrize(
+    ("head", "sparse"), [("ForMaskedLM", False), ("ForMaskedLM", True), ("ForSequenceClassification", False)]
+)
+def test_accumulation_under_trainer_changes_nothing(tmp_path, head, sparse):
+    whole, accumulated = (trainer_log(head, sparse, steps, tmp_path) for steps in (1, 4))
+    assert accumulated == pytest.approx(whole, rel=1e-4)
+
+
 # --- several documents in one block -------------------------------------------------------------------------
 
 
@@ -331,7 +382,7 @@ def test_another_document_changes_nothing(attention):
     changed = block["input_ids"].clone()
     changed[0, 5:] = (changed[0, 5:] + 9) % SIZES["vocab_size"]
     other = model(**{**block, "input_ids": changed}).last_hidden_state
-    assert (other[0, :5] - states[0, :5]).abs().max() <= 1e-6
+    assert torch.equal(other[0, :5], states[0, :5])
     assert (other[0, 5:] - states[0, 5:]).abs().max() > 1e-2
     together = {**block, "document_ids": torch.zeros_like(changed)}
     leaked = (
@@ -340,11 +391,24 @@ def test_another_document_changes_nothing(attention):
     assert leaked[0, :5].abs().max() > 1e-3  # the check above can fail
 
 
-def test_document_ids_pass_through_the_heads():
-    _, block = documents("sdpa")
-    model = randomise(ours("ForMaskedLM"))
-    expected = model.cls(model.bert(**block).last_hidden_state)
-    torch.testing.assert_close(model(**block).logits, expected, rtol=0, atol=0)
+@pytest.mark.parametrize("head", HEADS[1:])
+def test_document_ids_pass_through_the_heads(head):
+    model, inputs, seen = randomise(ours(head)), head_inputs(head), []
+    model.bert.encoder.register_forward_hook(lambda _, __, output: seen.append(output.last_hidden_state))
+    model(**inputs, document_ids=inputs["token_type_ids"])
+    flat = {name: inputs[name].flatten(0, -2) for name in batch()}
+    model.bert(**flat, document_ids=flat["token_type_ids"])
+    model.bert(**flat)
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.allclose(seen[0], seen[2], atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+def test_document_ids_of_any_integer_type(dtype):
+    model, block = documents("sdpa")
+    expected = model(**block).last_hidden_state
+    block["document_ids"] = (block["document_ids"] + torch.iinfo(dtype).max - 3).to(dtype)
+    torch.testing.assert_close(model(**block).last_hidden_state, expected, rtol=0, atol=0)
 
 
 def test_one_document_equals_no_ids():
@@ -372,6 +436,9 @@ def test_isolation_is_refused_where_it_would_be_wrong():
         model(**block)
     with pytest.raises(ValueError, match="is_decoder=True"):
         ours("Model", is_decoder=True)(**block)
+    first = {"input_ids": block["input_ids"][:1], "document_ids": block["document_ids"][:1]}
+    with pytest.raises(ValueError, match=r"attention_mask \[batch, length\], got shape \(1, 1, 12, 12\)"):
+        ours("Model")(**first, attention_mask=torch.ones(1, 1, 12, 12))
 
 
 # --- decoding and cross-attention ---------------------------------------------------------------------------
@@ -393,6 +460,24 @@ def test_post_ln_decoder_equals_stock():
     torch.testing.assert_close(outputs.last_hidden_state, expected.last_hidden_state, rtol=0, atol=1e-6)
     for mine, theirs in zip(outputs.cross_attentions, expected.cross_attentions, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
+
+
+def test_positional_arguments_are_those_of_stock():
+    model, reference = parallel("Model", is_decoder=True, add_cross_attention=True)
+    inputs = decoder_inputs()
+    first = ("input_ids", "attention_mask", "token_type_ids")
+    cross = ("encoder_hidden_states", "encoder_attention_mask")
+    arguments = [
+        *(inputs[name] for name in first),
+        None,
+        None,
+        *(inputs[name] for name in cross),
+        None,
+        False,
+    ]
+    outputs, expected = model(*arguments), reference(*arguments)
+    assert outputs.past_key_values is None
+    torch.testing.assert_close(outputs.last_hidden_state, expected.last_hidden_state, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -440,11 +525,17 @@ def test_every_head_trains(head, placement):
     assert not without
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("isolated", [True, False])
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_gradient_checkpointing_changes_nothing(placement):
+def test_gradient_checkpointing_changes_nothing(placement, isolated, reentrant):
     inputs = head_inputs("ForMaskedLM")
+    if isolated:
+        inputs["document_ids"] = inputs["token_type_ids"]
     plain, checkpointed = (ours("ForMaskedLM", placement).train() for _ in range(2))
-    checkpointed.gradient_checkpointing_enable()
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    checkpointed.enable_input_require_grads()  # the reentrant kind needs it
     runs = []
     checkpointed.bert.encoder.layer[0].intermediate.register_forward_hook(lambda *_: runs.append(1))
     for model in (plain, checkpointed):
@@ -517,6 +608,34 @@ def test_half_precision(placement, dtype):
     assert all(gradient.isfinite().all() for gradient in gradients(model).values())
 
 
+@pytest.mark.slow
+def test_default_compiler():
+    """The static sparse path with isolated documents, as it trains, against the uncompiled model."""
+    torch._dynamo.reset()
+    model = randomise(ours(sparse_prediction=True))
+    inputs = batch()
+    positions, targets = capacity_batch(mlm_labels(inputs["input_ids"]), capacity=10)
+    arguments = {
+        **inputs,
+        "masked_positions": positions,
+        "labels": targets,
+        "document_ids": inputs["token_type_ids"],
+    }
+    losses = []
+    for run in (torch.compile(model, fullgraph=True), model):
+        losses.append(run(**arguments).loss)
+        losses[-1].backward()
+        losses.append({name: gradient.clone() for name, gradient in gradients(model).items()})
+        model.zero_grad()
+    torch.testing.assert_close(losses[:2], losses[2:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["ForSequenceClassification", "ForTokenClassification", "ForMultipleChoice"])
+def test_dropout_of_the_classifier(head):
+    assert ours(head, classifier_dropout=0.7).dropout.p == 0.7
+    assert ours(head, hidden_dropout_prob=0.3).dropout.p == 0.3
+
+
 def test_autocast():
     model, inputs = ours(), head_inputs("ForMaskedLM")
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -538,14 +657,24 @@ def test_decoder_is_tied_to_the_embeddings(head):
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_resized_vocabulary(placement):
-    model = randomise(ours("ForMaskedLM", placement))
-    before = model(**batch()).logits
-    model.resize_token_embeddings(SIZES["vocab_size"] + 3)
-    after = model(**batch(), labels=batch()["input_ids"])
-    assert after.logits.shape[-1] == SIZES["vocab_size"] + 3 == model.config.vocab_size
-    torch.testing.assert_close(after.logits[..., : SIZES["vocab_size"]], before)
-    assert model.cls.predictions.decoder.weight is model.get_input_embeddings().weight
+@pytest.mark.parametrize("head", ["ForMaskedLM", "ForPreTraining"])
+@pytest.mark.parametrize("more", [3, -11])
+def test_resized_vocabulary(tmp_path, placement, head, more):
+    model, inputs = randomise(ours(head, placement)), batch()
+    inputs["input_ids"] %= SIZES["vocab_size"] - 11
+    before = model(**inputs)[0]
+    model.resize_token_embeddings(SIZES["vocab_size"] + more)
+    after = model(**inputs)[0]
+    assert after.shape[-1] == SIZES["vocab_size"] + more == model.config.vocab_size
+    shared = SIZES["vocab_size"] + min(more, 0)
+    torch.testing.assert_close(after[..., :shared], before[..., :shared])
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert torch.equal(again(**inputs)[0], after)
+    for resized in (model, again):
+        predictions = resized.cls.predictions
+        assert predictions.decoder.weight is resized.get_input_embeddings().weight
+        assert len(predictions.bias) == len(predictions.decoder.bias) == SIZES["vocab_size"] + more
 
 
 def test_embeddings_instead_of_ids():

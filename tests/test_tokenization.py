@@ -95,14 +95,12 @@ def test_pairs_have_bert_specials_and_token_types():
 def test_second_start_loads_and_other_settings_train(options, monkeypatch):
     corpus = make_corpus([TEXT] * 3)
     first = prepare_tokenizer(options, [corpus])
-    assert first.model_max_length == 64
 
     def refuse(*arguments):
         raise AssertionError("trained again")
 
     monkeypatch.setattr(tokenization, "train_tokenizer", refuse)
-    second = prepare_tokenizer(options, [corpus], max_length=512)
-    assert second.model_max_length == 512
+    second = prepare_tokenizer(options, [corpus])
     assert tokenizer_fingerprint(second) == tokenizer_fingerprint(first)
     for change in ({"vocab_size": 160}, {"do_lower_case": False}):
         with pytest.raises(AssertionError, match="trained again"):
@@ -165,7 +163,7 @@ def test_unreachable_hub_is_one_quick_clear_error(monkeypatch):
 def test_good_tokenizer_is_loaded(tmp_path):
     name = save(BertTokenizer(vocab=make_vocabulary(120)), tmp_path / "good")
     tokenizer = prepare_tokenizer(DataArguments(tokenizer_name=name, max_seq_length=99), [])
-    assert len(tokenizer) == 120 and tokenizer.model_max_length == 99
+    assert len(tokenizer) == 120
 
 
 def test_tiny_vocabulary_is_refused(options):

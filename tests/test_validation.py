@@ -19,7 +19,7 @@ from recipes.validation import Validation
 def validation(tiny):
     def make(**options):
         args = tiny(**options)
-        data = prepare_data(args, build_stages(args), 1, prepares=True)
+        data = prepare_data(args, build_stages(args), Accelerator(cpu=True))
         reader = BlockReader(data.stores, "validation", Masker(data.tokenizer, args))
         return Validation(reader, args.max_seq_length, args.max_eval_samples)
 
