@@ -83,15 +83,13 @@ def write_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
     tokenizer.save_pretrained(folder)
 
 
-def load_checkpoint(
-    folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, device: torch.device
-) -> TrainState:
+def load_checkpoint(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> TrainState:
     """Put the checkpoint's weights and moments in place; returns its state. Executes nothing from it.
 
     The checkpoint has been checked by `find_checkpoint`; a file that is not what it should be raises.
     """
     load_model(model, folder / "model.safetensors", strict=True)
-    moments = torch.load(folder / "trainer" / "optimizer.pt", map_location=device, weights_only=True)
+    moments = torch.load(folder / "trainer" / "optimizer.pt", map_location="cpu", weights_only=True)
     optimizer.load_state_dict(moments)
     return TrainState(**json.loads((folder / "trainer" / "state.json").read_text()))
 

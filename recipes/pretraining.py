@@ -205,8 +205,7 @@ class Run:
                 self.print(f"No complete checkpoint in {self.output_dir}: starting from the beginning.")
         else:
             self._check_checkpoint(folder)
-            device = self.accelerator.device
-            self.trainer.state = load_checkpoint(folder, self.model, self.trainer.optimizer, device)
+            self.trainer.state = load_checkpoint(folder, self.model, self.trainer.optimizer)
             self.print(f"Continuing from {folder}.")
         step = self.trainer.state.step
         _check_agreement(step, "processes found different checkpoints; share output_dir")

@@ -48,7 +48,7 @@ def test_what_was_saved_is_loaded(save):
     saved = {name: p.clone() for name, p in save.model.state_dict().items()}
     moments = save.optimizer.state_dict()["state"][0]["exp_avg"].clone()
     save(8)
-    state = load_checkpoint(folder, save.model, save.optimizer, torch.device("cpu"))
+    state = load_checkpoint(folder, save.model, save.optimizer)
     assert state == TrainState(step=7)
     for name, p in save.model.state_dict().items():
         assert torch.equal(p, saved[name]), name

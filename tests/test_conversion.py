@@ -37,9 +37,8 @@ def assert_same_outputs(model, other, head, family):
     assert {"logits", "last_hidden_state", "prediction_logits", "start_logits"} & set(names)
     for name in names:
         torch.testing.assert_close(theirs[name], mine[name], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(
-        gradient_norms(other, theirs), gradient_norms(model, mine), rtol=1e-3, atol=1e-5
-    )
+    norms, expected = gradient_norms(other, theirs), gradient_norms(model, mine)
+    torch.testing.assert_close(norms, expected, rtol=1e-3, atol=1e-5)
 
 
 def gradient_norms(model, outputs):
@@ -195,17 +194,15 @@ BREAKS = {
 }
 
 
-@pytest.mark.parametrize("source", ["ours", "stock"])
-@pytest.mark.parametrize("what", BREAKS)
-def test_broken_sources_are_one_line(tmp_path, capsys, source, what):
-    (ours("ForMaskedLM", "post") if source == "ours" else stock("ForMaskedLM")).save_pretrained(
-        tmp_path / "src"
-    )
+@pytest.mark.parametrize(("to", "what"), [
+    *(("bert", what) for what in BREAKS),
+    *(("bert_ln", what) for what in BREAKS if "placement" not in what and "misspelt" not in what),
+])  # fmt: skip
+def test_broken_sources_are_one_line(tmp_path, capsys, to, what):
+    model = ours("ForMaskedLM", "post") if to == "bert" else stock("ForMaskedLM")
+    model.save_pretrained(tmp_path / "src")
     BREAKS[what](tmp_path / "src")
-    if source == "stock" and what in ("unknown placement", "misspelt field", "wrong placement"):
-        pytest.skip("means nothing to a stock config")
     capsys.readouterr()
-    to = "bert" if source == "ours" else "bert_ln"
     assert main([str(tmp_path / "src"), str(tmp_path / "dst"), "--to", to]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1

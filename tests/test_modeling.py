@@ -7,7 +7,6 @@ import torch
 from model_fixtures import HEADS, PLACEMENTS, SIZES, batch, head_inputs, mlm_labels, ours, randomise, stock
 from torch import nn
 from torch.nn import functional as F
-
 from transformers import Trainer, TrainingArguments
 
 import bert_ln
@@ -341,9 +340,7 @@ def trainer_log(head, sparse, steps, folder):
     return log["loss"], float(log["grad_norm"])
 
 
-@pytest.mark.parametrize(
-    ("head", "sparse"), [("ForMaskedLM", False), ("ForMaskedLM", True), ("ForSequenceClassification", False)]
-)
+@pytest.mark.parametrize(("head", "sparse"), [("ForMaskedLM", True), ("ForSequenceClassification", False)])
 def test_accumulation_under_trainer_changes_nothing(tmp_path, head, sparse):
     whole, accumulated = (trainer_log(head, sparse, steps, tmp_path) for steps in (1, 4))
     assert accumulated == pytest.approx(whole, rel=1e-4)
@@ -465,18 +462,9 @@ def test_post_ln_decoder_equals_stock():
 def test_positional_arguments_are_those_of_stock():
     model, reference = parallel("Model", is_decoder=True, add_cross_attention=True)
     inputs = decoder_inputs()
-    first = ("input_ids", "attention_mask", "token_type_ids")
-    cross = ("encoder_hidden_states", "encoder_attention_mask")
-    arguments = [
-        *(inputs[name] for name in first),
-        None,
-        None,
-        *(inputs[name] for name in cross),
-        None,
-        False,
-    ]
-    outputs, expected = model(*arguments), reference(*arguments)
-    assert outputs.past_key_values is None
+    first = [inputs[name] for name in ("input_ids", "attention_mask", "token_type_ids")]
+    cross = [inputs[name] for name in ("encoder_hidden_states", "encoder_attention_mask")]
+    outputs, expected = (m(*first, None, None, *cross, None) for m in (model, reference))
     torch.testing.assert_close(outputs.last_hidden_state, expected.last_hidden_state, rtol=0, atol=1e-6)
 
 
@@ -526,9 +514,9 @@ def test_every_head_trains(head, placement):
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("isolated", [True, False])
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize(("placement", "isolated", "reentrant"), [
+    ("post", True, False), ("post", False, True), ("pre", True, True), ("pre", False, False),
+])  # fmt: skip
 def test_gradient_checkpointing_changes_nothing(placement, isolated, reentrant):
     inputs = head_inputs("ForMaskedLM")
     if isolated:
