@@ -140,7 +140,8 @@ class Run:
             model_config=_architecture(self.config),
         )
         # Folders that are not shared between machines would show here.
-        _check_agreement(self.record, "the prepared data differs between processes; share cache_dir")
+        identity = [self.data.fingerprints(), self.validation.mask_fingerprint]
+        _check_agreement(identity, "the prepared data differs between processes; share cache_dir")
         self.found = check_same_run(self.output_dir, self.record)
 
     def _vocab_size(self) -> int:
