@@ -247,6 +247,7 @@ def _build(
     limit: float,
 ) -> None:
     """Tokenise both splits into `folder`; store.json comes last."""
+    print(f"token store: tokenising {corpus.name}", flush=True)
     _ = corpus.threshold  # surveys the corpus, and finds overlaps before they cost time
     tokens = needed or (corpus.characters or 0) // CHARACTERS_PER_TOKEN
     _check_disk(folder, tokens * np.dtype(about["dtype"]).itemsize)

@@ -108,6 +108,8 @@ def _trained(data: DataArguments, corpora: list[Corpus]) -> Path:
     folder = make_cache_dir(data.cache_dir) / f"tokenizer-{fingerprint}"
 
     def build(aside: Path) -> None:
+        names = ", ".join(corpus.name for corpus in corpora)
+        print(f"tokenizer: learning {vocab_size:,} WordPieces from {names}", flush=True)
         train_tokenizer(corpora, vocab_size, data.do_lower_case).save_pretrained(aside)
 
     return cached_folder(folder, build)
