@@ -52,8 +52,9 @@ def _one_of(allowed: Iterable[str]) -> Callable[[str], None]:
 
     def check(value: str) -> None:
         if value not in allowed:
-            nearest = difflib.get_close_matches(str(value), list(allowed), n=1, cutoff=0)[0]
-            raise ValueError(f"{value!r} is not one of {sorted(allowed)}; did you mean {nearest!r}?")
+            nearest = difflib.get_close_matches(str(value), list(allowed), n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise ValueError(f"{value!r} is not one of {sorted(allowed)}{hint}")
 
     return check
 
@@ -161,7 +162,8 @@ class BertLnConfig(BertConfig):
         output = super().to_dict() | {"auto_map": dict(AUTO_MAP), "sparse_prediction": False}
         if not self.has_stock_layers:
             layers = ", ".join(f"{name}={value}" for name, value in self.layers.items())
-            output["layer_norm_eps"] = {f"not stock BERT: {layers}": self.layer_norm_eps}
+            way_out = "load with trust_remote_code=True, or convert with bert_ln.conversion"
+            output["layer_norm_eps"] = {f"not stock BERT: {layers}; {way_out}": self.layer_norm_eps}
         return output
 
 

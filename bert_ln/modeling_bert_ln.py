@@ -192,6 +192,8 @@ def _other_config(
     """
     if source is None:
         return None
+    # Only the Auto classes act on it, and reading a file of ours runs no code.
+    download = {name: value for name, value in download.items() if name != "trust_remote_code"}
     try:
         stated = BertLnConfig.from_dict(BertLnConfig.get_config_dict(source, **download)[0]).layers
     except OSError:  # weights without a config

@@ -6,6 +6,7 @@ examples wherever these have the option.
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -304,6 +305,9 @@ def model_config(args: PretrainingArguments, **from_tokenizer: int) -> BertLnCon
     try:
         config = BertLnConfig(**args.model, **from_tokenizer)
         config.check_buildable()
-    except (StrictDataclassError, ValueError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+    except StrictDataclassError as error:
+        field = re.search(r"field '(\w+)'", str(error))
+        raise UserError(f"{field[1]}: {error.__cause__}" if field else str(error)) from error
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from error
     return config

@@ -1,4 +1,4 @@
-"""Options from a YAML file and the command line, which wins; a misspelt name is an error."""
+"""Options: those of the default run, under a YAML file, under the command line; misspelt names are errors."""
 
 import argparse
 import ast
@@ -30,7 +30,7 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.yaml"
 
 
 def parse_arguments(argv: list[str] | None = None) -> PretrainingArguments:
-    """Options from the command line over those of the YAML file over the defaults, checked.
+    """Options from the command line over those of `--config` over those of the default run, checked.
 
     Args:
         argv: Command-line words; None takes those of the process.
@@ -44,7 +44,8 @@ def parse_arguments(argv: list[str] | None = None) -> PretrainingArguments:
         raise UserError(f"{unknown[0]}: unknown option; {nearest(unknown[0].lstrip('-'), _options())}")
     values = vars(given)
     config = values.pop("config", None)
-    return build_arguments(_read_yaml(Path(config) if config else DEFAULT_CONFIG) | values)
+    layers = _read_yaml(DEFAULT_CONFIG) | (_read_yaml(Path(config)) if config else {})
+    return build_arguments(layers | values)
 
 
 def build_arguments(values: dict[str, Any]) -> PretrainingArguments:
@@ -69,6 +70,7 @@ def build_arguments(values: dict[str, Any]) -> PretrainingArguments:
 @dataclass(frozen=True)
 class _Option:
     annotation: Any
+    default: Any
     help: str
 
 
@@ -77,24 +79,23 @@ def _options() -> dict[str, _Option]:
     options = {}
     for group in (DataArguments, MaskingArguments, OptimizationArguments, RunArguments):
         hints, docstrings = get_type_hints(group), _field_docstrings(group)
-        options |= {f.name: _Option(hints[f.name], _help(f, docstrings[f.name])) for f in fields(group)}
+        options |= {f.name: _Option(hints[f.name], _default(f), docstrings[f.name]) for f in fields(group)}
     for name, annotation in MODEL_OPTIONS.items():
-        options[name] = _Option(annotation, f"{name} of BertLnConfig. [{getattr(BertLnConfig, name)}]")
+        options[name] = _Option(annotation, getattr(BertLnConfig, name), f"{name} of BertLnConfig.")
     return options
 
 
 def _field_docstrings(group: type) -> dict[str, str]:
     body = ast.parse(textwrap.dedent(inspect.getsource(group))).body[0].body
     return {
-        node.target.id: following.value.value
+        node.target.id: " ".join(following.value.value.split())
         for node, following in pairwise(body)
         if isinstance(node, ast.AnnAssign)
     }
 
 
-def _help(option: Field, docstring: str) -> str:
-    default = option.default if option.default is not MISSING else option.default_factory()
-    return f"{' '.join(docstring.split())} [{default}]".replace("%", "%%")
+def _default(option: Field) -> Any:
+    return option.default if option.default is not MISSING else option.default_factory()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -111,11 +112,14 @@ def _build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         description="Pre-train BERT. Every option can stand in the YAML file too.",
     )
-    parser.add_argument("--config", help=f"YAML file of options [{DEFAULT_CONFIG.name}, the default run]")
+    parser.add_argument("--config", help="YAML file of options, laid over those of the default run")
+    default_run = _read_yaml(DEFAULT_CONFIG)
     for name, option in _options().items():
         # A switch may stand alone (--bf16), and so may --resume_from_checkpoint.
         alone = {"nargs": "?", "const": True} if bool in _members(option.annotation) else {}
-        parser.add_argument(f"--{name}", metavar="VALUE", help=option.help, **alone)
+        default = default_run.get(name, option.default)
+        text = f"{option.help} [{default}]".replace("%", "%%")
+        parser.add_argument(f"--{name}", metavar="VALUE", help=text, **alone)
     return parser
 
 
@@ -125,7 +129,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"config {path}: no such file") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"config {path}: not readable as YAML: {error}") from None
+        raise UserError(f"config {path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values or {}, dict):
         raise UserError(f"config {path}: must be a table of option: value")
     return values or {}

@@ -37,10 +37,17 @@ def cost_screen(run: "Run", threads: str) -> list[str]:
         f"precision   {run.precision}",
         f"attention   {_describe_attention(run.model, args.attn_implementation, args.isolate_documents)}",
         f"validation  {v.blocks} blocks, {v.masked_tokens:,} masked tokens, masks {v.mask_fingerprint}",
+        *_notes(args.model.get("norm_placement"), args.warmup_steps),
         f"loss        expected at first ln V = {math.log(run.config.vocab_size):.2f}; "
         f"without context at best {entropy:.2f} (unigram cross-entropy)",
         "",
     ]
+
+
+def _notes(norm_placement: str | None, warmup_steps: int) -> list[str]:
+    if norm_placement == "post" and not warmup_steps:
+        return ["note        Post-LN without warmup_steps may learn nothing but word frequencies"]
+    return []
 
 
 def training_line(line: dict[str, Any], max_steps: int, tokens_left: int) -> str:
@@ -80,6 +87,7 @@ def next_commands(output_dir: Path) -> list[str]:
     here = Path(os.path.relpath(root))
     folder = shlex.quote(str(output_dir))
     config = "recipes/configs/bert_base_wikipedia.yaml"
+    gpus = " launch --multi_gpu --num_processes 8"
     commands = [
         (
             "fine-tune",
@@ -91,7 +99,7 @@ def next_commands(output_dir: Path) -> list[str]:
     ]
     programs = {
         "fine-tune": sys.executable,
-        "at scale": f"{binaries}/accelerate launch",
+        "at scale": f"{binaries}/accelerate{gpus}",
         "push": f"{binaries}/hf",
     }
     return [
@@ -102,9 +110,10 @@ def next_commands(output_dir: Path) -> list[str]:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    seconds = round(seconds)
-    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+    """Seconds as h:mm:ss, with days where there are any."""
+    days, seconds = divmod(round(seconds), 86400)
+    time = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+    return f"{days} days {time}" if days else time
 
 
 def _below(difference: float, unigram_cross_entropy: float) -> str:

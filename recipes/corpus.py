@@ -209,7 +209,7 @@ class Corpus:
         raise UserError(
             f"{self.train_source.label}: {documents} documents and {words} words are too few to set "
             f"validation text aside ({rule}); give validation_file, {instead}or for .txt --sample_by "
-            "paragraph or line"
+            "paragraph or line, which makes more and smaller documents"
         )
 
 
@@ -438,9 +438,8 @@ def _find_files(option: str, value: str | Path) -> list[Path]:
         files = sorted(path for path in map(Path, glob.glob(str(root), recursive=True)) if path.is_file())
         files = [root] if root.is_file() else files  # a name may hold brackets
     if not files:
-        raise UserError(
-            f"{option} {value}: no such file, or no text in it; give {allowed}, a folder or a glob"
-        )
+        what = f"no {allowed} file in that folder" if root.is_dir() else "no such file or folder"
+        raise UserError(f"{option} {value}: {what}; give {allowed}, a folder or a glob")
     for path in files:
         if path.suffix not in READERS:
             raise UserError(

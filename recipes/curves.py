@@ -1,6 +1,6 @@
 """Draw the validation loss of runs against the step, and print it as a table.
 
-    python recipes/curves.py output/pre output/post --output curves.png
+    python recipes/curves.py output/pre output/post --output output/curves.png
 
 Runs that were validated on other masks are refused: their losses do not compare.
 """
@@ -24,12 +24,13 @@ def main() -> int:
     """Parse, call, done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of pre-training runs")
-    parser.add_argument("--output", type=Path, default=Path("curves.png"), help="figure, .png or .svg")
+    parser.add_argument("--output", type=Path, default=Path("output/curves.png"), help="figure, .png or .svg")
     arguments = parser.parse_args()
     try:
         runs = read_runs(arguments.runs)
         draw(runs, arguments.output)
         print(table(runs))
+        print(f"\nwrote {arguments.output}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -60,6 +61,7 @@ def read_runs(folders: list[Path]) -> dict[str, dict[str, Any]]:
 
 def draw(runs: dict[str, dict[str, Any]], file: Path) -> None:
     """Validation loss against step, a line a run, and the level of a model without context."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name, run in runs.items():
         axes.plot(list(run["losses"]), list(run["losses"].values()), marker=".", label=name)

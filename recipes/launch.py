@@ -50,8 +50,8 @@ def check_num_processes(obtained: int, asked: int | None) -> None:
         if number is not None and number != obtained:
             run = "process runs" if obtained == 1 else "processes run"
             raise UserError(
-                f"{source} {number}: but {obtained} {run}. To start several on CPU: "
-                f"ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {number} ..."
+                f"{source} {number}: but {obtained} {run}; start them with: accelerate launch --multi_gpu "
+                f"--num_processes {number} ... (on CPU with ACCELERATE_USE_CPU=true before it)"
             )
 
 

@@ -14,8 +14,8 @@ A BERT encoder, pre-trained on masked tokens, with `norm_placement: {norm_placem
 ```python
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-model = AutoModelForMaskedLM.from_pretrained("{folder}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = AutoModelForMaskedLM.from_pretrained("PATH_OF_THIS_FOLDER", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER", trust_remote_code=True)
 ```
 
 | | |
@@ -36,7 +36,6 @@ def write_model_card(folder: Path, record: dict[str, Any], results: dict[str, An
     config = record["model_config"]
     text = TEXT.format(
         name=folder.resolve().name,
-        folder=folder.as_posix(),
         norm_placement=config["norm_placement"],
         norm_type=config["norm_type"],
         unigram_cross_entropy=record["unigram_cross_entropy"],

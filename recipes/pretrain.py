@@ -16,13 +16,15 @@ The real thing, BERT-base on Wikipedia and books with 8 GPUs (needs the Hub):
 
 Two processes on CPU:
 
-    ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 recipes/pretrain.py
+    ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 recipes/pretrain.py \\
+        --output_dir output/two
 
 Started again, it continues where it stopped, or says that it is finished. `--help` lists all options; each
 can stand in the YAML file too. Exit codes: 0 done, 2 a mistake in options, data or folders, 130 interrupted;
-`accelerate launch` turns each failure into 1 and adds a trace of its own after our line (not with `--quiet`).
+`accelerate launch` turns each failure into 1 and adds a trace of its own after our line.
 """
 
+import os
 import sys
 
 from recipes.arguments import UserError
@@ -35,10 +37,11 @@ def main() -> int:
     try:
         pretrain(parse_arguments())
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: the same command continues from the last checkpoint", file=sys.stderr)
+        print("interrupted: the same command continues from the last checkpoint, if any", file=sys.stderr)
         return 130
     return 0
 

@@ -20,7 +20,9 @@ from recipes.stages import Stage
 OPERATIONAL = {
     "cache_dir",
     "dataloader_num_workers",
+    "eval_steps",
     "gradient_accumulation_steps",
+    "logging_steps",
     "num_processes",
     "output_dir",
     "per_device_eval_batch_size",

@@ -133,11 +133,11 @@ class TokenStore:
         about, tokens, dropped = self.about["splits"][split], self.tokens(split), self.dropped(split, length)
         size = sum((self.path / name).stat().st_size for name in about["shards"])
         return (
-            f"{self.about['corpus']}, {split}: documents {about['documents_in']} in, "
-            f"{about['documents_kept']} kept, {about['documents_empty']} empty, {about['duplicates']} "
-            f"duplicates; tokens {tokens} in, {tokens - dropped} kept in {self.blocks(split, length)} blocks "
-            f"of {length}, {dropped} dropped; [UNK] {about['unk'] / tokens:.4%}; {size} bytes, "
-            f"{size / tokens:.2f} a token"
+            f"{self.about['corpus']}, {split}: documents {about['documents_in']:,} in, "
+            f"{about['documents_kept']:,} kept ({about['duplicates']:,} duplicates), "
+            f"{about['documents_empty']:,} empty; tokens {tokens:,} in, {tokens - dropped:,} kept in "
+            f"{self.blocks(split, length):,} blocks of {length}, {dropped:,} dropped; [UNK] "
+            f"{about['unk'] / tokens:.4%}; on disk {size:,} bytes, {size / tokens:.2f} a token, memory-mapped"
         )
 
     def _map(self, split: str) -> list[np.ndarray]:

@@ -4,9 +4,11 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from recipes.arguments import UserError
 from recipes.command_line import DEFAULT_CONFIG, parse_arguments
+from recipes.stages import build_stages
 from tests.conftest import ROOT
 
 
@@ -15,7 +17,11 @@ def test_the_command_line_wins_over_yaml_over_defaults(tmp_path):
     config.write_text("learning_rate: 5e-4\nhidden_size: 64\nnum_attention_heads: 4\nbf16: true\n")
     args = parse_arguments(["--config", str(config), "--hidden_size", "128", "--adam_beta2=0.98"])
     assert (args.learning_rate, args.adam_beta2, args.weight_decay, args.bf16) == (5e-4, 0.98, 0.01, True)
-    assert args.model == {"hidden_size": 128, "num_attention_heads": 4}
+    assert (args.model["hidden_size"], args.model["num_attention_heads"]) == (128, 4)
+    # What neither says is as in the default run.
+    default = parse_arguments([])
+    assert args.max_steps == default.max_steps
+    assert args.model["num_hidden_layers"] == default.model["num_hidden_layers"]
 
 
 def test_without_a_config_it_is_the_default_run():
@@ -119,6 +125,19 @@ def test_mistakes_in_yaml_are_named(tmp_path, text, message):
 def test_help_lists_every_option_with_its_default():
     command = [sys.executable, str(ROOT / "recipes" / "pretrain.py"), "--help"]
     text = " ".join(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
-    for words in ("--mlm_probability VALUE Share of the tokens that is selected for prediction. [0.15]",
-                  "--norm_placement VALUE norm_placement of BertLnConfig. [pre]"):  # fmt: skip
+    default = parse_arguments([])
+    for words in (
+        f"that is selected for prediction. [{default.mlm_probability}]",
+        f"--hidden_size VALUE hidden_size of BertLnConfig. [{default.model['hidden_size']}]",
+        "--weight_decay VALUE Decoupled decay, not on norms and biases. [0.01]",
+    ):
         assert words in text
+
+
+def test_the_wikipedia_configuration_says_everything_that_matters():
+    """It must not change when the default run does."""
+    own = yaml.safe_load((ROOT / "recipes/configs/bert_base_wikipedia.yaml").read_text())
+    default = yaml.safe_load(DEFAULT_CONFIG.read_text())
+    assert set(default) - set(own) <= {"per_device_train_batch_size"}  # each of its stages says that
+    args = parse_arguments(["--config", str(ROOT / "recipes/configs/bert_base_wikipedia.yaml")])
+    assert [stage.global_batch_size(8) for stage in build_stages(args)] == [256, 256]
