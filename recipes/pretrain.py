@@ -1,6 +1,6 @@
 """Pre-train BERT with the normalisation where you want it.
 
-The default run: a small Pre-LN BERT on the embedded corpus, about ten minutes on 2 CPU cores, no network:
+The default run: a small Pre-LN BERT on the embedded corpus, about twelve minutes on 2 CPU cores, no network:
 
     accelerate launch recipes/pretrain.py
 

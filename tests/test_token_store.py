@@ -172,7 +172,7 @@ def test_counts_hashes_and_report(tmp_path):
     kept = [content_hash(text) for text in train if text.strip()]
     assert store.content_hashes("train").tolist() == kept
     line = store.report(7).splitlines()[0]
-    for part in ("5 in, 3 kept, 2 empty, 1 duplicates", "11 in, 10 kept in 2 blocks of 7, 1 dropped"):
+    for part in ("5 in, 3 kept (1 duplicates), 2 empty", "11 in, 10 kept in 2 blocks of 7, 1 dropped"):
         assert part in line
     assert "[UNK] 9.09" in line and "22 bytes, 2.00 a token" in line
 
