@@ -365,8 +365,10 @@ def test_gradient_checkpointing_is_the_same_function(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_compiled_is_the_same_function(tiny, tmp_path):
+    # The compiler draws dropout from numbers of its own.
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     for on in (False, True):
-        pretrain(tiny(output_dir=str(tmp_path / str(on)), torch_compile=on, max_steps=3))
+        pretrain(tiny(output_dir=str(tmp_path / str(on)), torch_compile=on, max_steps=3, **none))
     plain, compiled = (metrics_of(tmp_path / on, "train_loss") for on in ("False", "True"))
     assert [a["train_loss"] for a in compiled] == pytest.approx([a["train_loss"] for a in plain], rel=1e-4)
     keys = set(load_file(tmp_path / "True" / "model.safetensors"))
