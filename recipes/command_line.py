@@ -44,7 +44,7 @@ def parse_arguments(argv: list[str] | None = None) -> PretrainingArguments:
         raise UserError(f"{unknown[0]}: unknown option; {nearest(unknown[0].lstrip('-'), _options())}")
     values = vars(given)
     config = values.pop("config", None)
-    layers = _read_yaml(DEFAULT_CONFIG) | (_read_yaml(Path(config)) if config else {})
+    layers = read_yaml(DEFAULT_CONFIG) | (read_yaml(Path(config)) if config else {})
     return build_arguments(layers | values)
 
 
@@ -54,17 +54,44 @@ def build_arguments(values: dict[str, Any]) -> PretrainingArguments:
     Raises:
         UserError: As `parse_arguments`.
     """
-    options = _options()
     own, model = {}, {}
-    for name, value in values.items():
-        if name not in options:
-            raise UserError(f"{name}: unknown option; {nearest(str(name), options)}")
+    for name, value in read_options(values).items():
         target = own if name in PretrainingArguments.__dataclass_fields__ else model
-        target[name] = _convert(name, options[name].annotation, value)
+        target[name] = value
     args = PretrainingArguments(**own, model=model)
     check_arguments(args)
     build_stages(args)
     return args
+
+
+def read_options(values: dict[str, Any]) -> dict[str, Any]:
+    """The same table with each value as its option's type; words are read as on the command line.
+
+    Raises:
+        UserError: An option that is unknown or has the wrong type.
+    """
+    options = _options()
+    for name in values:
+        if name not in options:
+            raise UserError(f"{name}: unknown option; {nearest(str(name), options)}")
+    return {name: _convert(name, options[name].annotation, value) for name, value in values.items()}
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The table of a YAML file.
+
+    Raises:
+        UserError: There is no such file, or it holds no table.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"config {path}: no such file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"config {path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values or {}, dict):
+        raise UserError(f"config {path}: must be a table of option: value")
+    return values or {}
 
 
 @dataclass(frozen=True)
@@ -113,7 +140,7 @@ def _build_parser() -> argparse.ArgumentParser:
         description="Pre-train BERT. Every option can stand in the YAML file too.",
     )
     parser.add_argument("--config", help="YAML file of options, laid over those of the default run")
-    default_run = _read_yaml(DEFAULT_CONFIG)
+    default_run = read_yaml(DEFAULT_CONFIG)
     for name, option in _options().items():
         # A switch may stand alone (--bf16), and so may --resume_from_checkpoint.
         alone = {"nargs": "?", "const": True} if bool in _members(option.annotation) else {}
@@ -121,18 +148,6 @@ def _build_parser() -> argparse.ArgumentParser:
         text = f"{option.help} [{default}]".replace("%", "%%")
         parser.add_argument(f"--{name}", metavar="VALUE", help=text, **alone)
     return parser
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"config {path}: no such file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"config {path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values or {}, dict):
-        raise UserError(f"config {path}: must be a table of option: value")
-    return values or {}
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:

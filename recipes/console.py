@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel
 
 from recipes.budget import ASSUMED_MFU, total_flops
+from recipes.diagnosis import CAUSES
 from recipes.stages import remaining_tokens
 
 if TYPE_CHECKING:
@@ -66,6 +67,22 @@ def validation_line(step: int, values: dict[str, Any], unigram_cross_entropy: fl
     return (
         f"step {step:>7,}  validation loss {values['validation_loss']:.4f}, {below}; "
         f"accuracy {values['validation_accuracy']:.1%}"
+    )
+
+
+def notice_line(step: int, diagnosis: str | None, before: str | None) -> str:
+    """What the losses show since this validation, with its known causes."""
+    if diagnosis is None:
+        return f"step {step:>7,}  no more {before}"
+    return f"step {step:>7,}  {diagnosis}: {CAUSES[diagnosis]}"
+
+
+def diverged_line(output_dir: Path, step: int) -> str:
+    """Why a run without a number at its end is over."""
+    return (
+        f"{output_dir}: diverged; the loss or a gradient was not finite by update {step}: "
+        f"{CAUSES['diverged']}. "
+        "Its checkpoints are kept; start anew in another output_dir"
     )
 
 

@@ -32,7 +32,7 @@ def set_threads() -> str:
         One line that says how many threads and why.
     """
     chosen = _threads_chosen_by_user()
-    cores, processes = _usable_cores(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores, processes = usable_cores(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     threads = chosen or max(1, cores // processes)
     torch.set_num_threads(threads)
     why = "as you set" if chosen else f"{cores} usable cores / {processes} local processes"
@@ -84,7 +84,7 @@ def _multiplies_bf16(device: torch.device) -> bool:
     return False
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:  # a container may be given less time than its cores have
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()

@@ -1,7 +1,7 @@
 """Optimisers, parameter groups and the learning rate as a closed formula of the update number."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,26 +10,51 @@ from torch import nn
 from bert_ln.norms import NORM_CLASSES
 from recipes.arguments import OptimizationArguments
 
-OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "adamw_torch": {"fused": False},
-    "adamw_torch_fused": {"fused": True},
-}
+Groups = list[dict[str, Any]]
 
 
 def build_optimizer(model: nn.Module, args: OptimizationArguments) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) with BERT's parameter groups.
+    """The optimiser that `args.optim` names, with BERT's parameter groups."""
+    decayed, rest = split_parameters(model)
+    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return OPTIMIZERS[args.optim](groups, args)
+
+
+def _adamw(groups: Groups, args: OptimizationArguments) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019).
 
     It differs from BERT's own Adam in correcting the bias of the moments, as every current recipe does.
     """
-    decayed, rest = split_parameters(model)
-    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        groups,
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
-        **OPTIMIZERS[args.optim],
-    )
+    return torch.optim.AdamW(groups, fused=args.optim == "adamw_torch_fused", **_adam_options(args))
+
+
+def _radam(groups: Groups, args: OptimizationArguments) -> torch.optim.Optimizer:
+    """Rectified Adam (Liu et al. 2020), which has a warm-up of its own; decay is decoupled as in AdamW."""
+    return torch.optim.RAdam(groups, decoupled_weight_decay=True, **_adam_options(args))
+
+
+def _sgd(groups: Groups, args: OptimizationArguments) -> torch.optim.Optimizer:
+    """Plain stochastic gradient descent without momentum, as in Xiong et al. 2020, section 3.2.
+
+    `weight_decay` is added to the gradient here: it is not decoupled.
+    """
+    return torch.optim.SGD(groups, lr=args.learning_rate)
+
+
+def _adam_options(args: OptimizationArguments) -> dict[str, Any]:
+    return {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+    }
+
+
+OPTIMIZERS: dict[str, Callable[[Groups, OptimizationArguments], torch.optim.Optimizer]] = {
+    "adamw_torch": _adamw,
+    "adamw_torch_fused": _adamw,
+    "radam": _radam,
+    "sgd": _sgd,
+}
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

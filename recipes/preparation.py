@@ -43,7 +43,7 @@ def prepare_data(args: PretrainingArguments, stages: list[Stage], accelerator: A
     if args.token_store:
         prepared = {"stores": [args.token_store], "weights": [1.0]}
     elif accelerator.num_processes == 1:
-        prepared = _prepare(args, tokens)
+        prepared = prepare_stores(args, tokens)
     else:
         prepared = _prepare_once(args, tokens, accelerator)
     stores = [TokenStore.open(folder) for folder in prepared["stores"]]
@@ -53,7 +53,7 @@ def prepare_data(args: PretrainingArguments, stages: list[Stage], accelerator: A
     return PreparedData(tokenizer, stores, prepared["weights"])
 
 
-def _prepare(args: PretrainingArguments, needed_tokens: int) -> dict[str, list]:
+def prepare_stores(args: PretrainingArguments, needed_tokens: int) -> dict[str, list]:
     """Folders of the finished stores, and the weights of their corpora.
 
     A stream is read until the run has enough: with weights w, each needs an equal share, since a corpus is
@@ -77,7 +77,7 @@ def _prepare_once(
     word = make_cache_dir(args.cache_dir) / f".prepared-{nonce}.json"
     if accelerator.is_local_main_process:
         try:
-            write_json(word, _prepare(args, needed_tokens))
+            write_json(word, prepare_stores(args, needed_tokens))
         except UserError as error:
             write_json(word, {"error": str(error)})
     while not word.exists():

@@ -20,8 +20,9 @@ Two processes on CPU:
         --output_dir output/two
 
 Started again, it continues where it stopped, or says that it is finished. `--help` lists all options; each
-can stand in the YAML file too. Exit codes: 0 done, 2 a mistake in options, data or folders, 130 interrupted;
-`accelerate launch` turns each failure into 1 and adds a trace of its own after our line.
+can stand in the YAML file too. Exit codes: 0 done, 2 a mistake in options, data or folders, 3 the
+loss became no number, 130 interrupted; `accelerate launch` turns each failure into 1 and adds a trace of its
+own after our line.
 """
 
 import os
@@ -29,6 +30,7 @@ import sys
 
 from recipes.arguments import UserError
 from recipes.command_line import parse_arguments
+from recipes.diagnosis import Diverged
 from recipes.pretraining import pretrain
 
 
@@ -40,6 +42,10 @@ def main() -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except Diverged as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(error, file=sys.stderr)
+        return 3
     except KeyboardInterrupt:
         print("interrupted: the same command continues from the last checkpoint, if any", file=sys.stderr)
         return 130

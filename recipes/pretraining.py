@@ -25,6 +25,7 @@ from recipes.checkpointing import (
     save_checkpoint,
     write_model,
 )
+from recipes.diagnosis import Diverged, diagnose, last_diagnosis
 from recipes.files import write_json
 from recipes.launch import check_num_processes, choose_precision, set_threads
 from recipes.masking import Masker
@@ -34,7 +35,7 @@ from recipes.preparation import prepare_data
 from recipes.run_record import Metrics, check_same_run, describe_run, differences
 from recipes.stages import Stage, block_lengths, build_stages, remaining_tokens
 from recipes.token_store import unigram_cross_entropy
-from recipes.training import Trainer
+from recipes.training import NotFinite, Trainer
 from recipes.validation import Validation
 
 # What the loop was built for: every process holds the whole model.
@@ -46,6 +47,7 @@ def pretrain(args: PretrainingArguments) -> None:
 
     Raises:
         UserError: Anything that is wrong with the options, the data or the output folder.
+        Diverged: The loss was no number; said so in run.json, and no final model is written.
     """
     transformers_logging.disable_progress_bar()  # a bar for each saved checkpoint
     threads = set_threads()
@@ -157,8 +159,11 @@ class Run:
         """Where the run is finished already, print its results and say so."""
         if self.found is None or "results" not in self.found:
             return False
+        results = self.found["results"]
+        if results["validation_loss"] is None:
+            raise Diverged(console.diverged_line(self.output_dir, results["step"]))
         self.print(f"{self.output_dir} holds this run, finished: nothing to do.")
-        self.print(*console.results_lines(self.output_dir, self.found["results"]))
+        self.print(*console.results_lines(self.output_dir, results))
         return True
 
     def build(self) -> None:
@@ -243,9 +248,24 @@ class Run:
         if self.trainer.state.step == self.args.max_steps:
             # Stopped between its last checkpoint and its end: the line is written, the values are gone.
             self.last_values = self._validate()
-        self.trainer.train()
+        try:
+            self.trainer.train()
+        except NotFinite as error:
+            self._end_diverged()
+            step = self.trainer.state.step
+            raise Diverged(console.diverged_line(self.output_dir, step)) from error
+
+    def _end_diverged(self) -> None:
+        """Record that training ended without a number; the checkpoints before it stay."""
+        if self.accelerator.is_main_process:
+            self.metrics.append({"step": self.trainer.state.step, "diagnosis": "diverged"})
+            self.last_values = dict.fromkeys(("validation_loss", "validation_accuracy"))
+            write_json(self.output_dir / "run.json", self.record | {"results": self._results()})
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
 
     def _report(self, line: dict[str, Any]) -> None:
+        line["below_unigram_cross_entropy"] = self.unigram_cross_entropy - line["train_loss"]
         tokens = remaining_tokens(self.stages, self.accelerator.num_processes, line["step"])
         self.print(console.training_line(line, self.args.max_steps, tokens))
         self._record(line)
@@ -253,7 +273,19 @@ class Run:
     def _evaluate(self, state: TrainState) -> None:
         values = self.last_values = self._validate()
         self.print(console.validation_line(state.step, values, self.unigram_cross_entropy))
-        self._record({"step": state.step, **values})
+        below = self.unigram_cross_entropy - values["validation_loss"]
+        self._record({"step": state.step, **values, "below_unigram_cross_entropy": below})
+        if self.accelerator.is_main_process:
+            self._notice(state.step)
+
+    def _notice(self, step: int) -> None:
+        """Say and record it when what the losses show has changed."""
+        lines = self.metrics.lines()
+        before, _ = last_diagnosis(lines)
+        now = diagnose(lines, self.unigram_cross_entropy, self.args.max_steps, self.args.warmup_steps)
+        if now != before:
+            self.print(console.notice_line(step, now, before))
+            self.metrics.append({"step": step, "diagnosis": now})
 
     def _validate(self) -> dict[str, Any]:
         return self.validation(self.model, self.accelerator, self.args.per_device_eval_batch_size)
@@ -288,14 +320,17 @@ class Run:
         self.accelerator.end_training()
 
     def _results(self) -> dict[str, Any]:
-        last = self.last_values
+        loss = self.last_values["validation_loss"]
+        diagnosis, since = last_diagnosis(self.metrics.lines())
         return {
             "step": self.trainer.state.step,
-            "validation_loss": last["validation_loss"],
-            "validation_accuracy": last["validation_accuracy"],
-            "below_unigram_cross_entropy": self.unigram_cross_entropy - last["validation_loss"],
+            "validation_loss": loss,
+            "validation_accuracy": self.last_values["validation_accuracy"],
+            "below_unigram_cross_entropy": None if loss is None else self.unigram_cross_entropy - loss,
             "tokens_seen": self.trainer.state.tokens_seen,
             "elapsed_seconds": self.trainer.state.elapsed_seconds,
+            "diagnosis": diagnosis,
+            "diagnosis_step": since,
         }
 
 

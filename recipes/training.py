@@ -4,6 +4,7 @@ The loss has one definition, in training and in validation: the sum over masked 
 number of masked tokens, whatever the micro-batch, the accumulation and the number of processes.
 """
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -22,6 +23,10 @@ from recipes.checkpointing import TrainState
 from recipes.optimization import learning_rate_at
 from recipes.randomness import DROPOUT, random_bits
 from recipes.stages import Stage, stage_at
+
+
+class NotFinite(ArithmeticError):
+    """A loss or a gradient is infinite or not a number."""
 
 
 @dataclass
@@ -46,7 +51,12 @@ class Trainer:
     state: TrainState = field(default_factory=TrainState)
 
     def train(self) -> None:
-        """Update until `max_steps`, from wherever `state` stands."""
+        """Update until `max_steps`, from wherever `state` stands.
+
+        Raises:
+            NotFinite: A loss or a gradient was not finite, noticed where the host looks anyway: before a
+                training line, a validation or a checkpoint is written.
+        """
         self._start_clocks()
         updates = self.batches.updates(self.state.step, self.args.max_steps, self.args.dataloader_num_workers)
         for micro_batches in updates:
@@ -82,6 +92,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.window[1] += count
+        self.grad_norms += grad_norm
         return grad_norm
 
     def _seed_dropout(self) -> None:
@@ -121,6 +132,8 @@ class Trainer:
         # The other processes' share was added to the main process's when the state was saved.
         loss = mine[0] if self.accelerator.is_main_process else 0.0
         self.window = torch.tensor([loss, mine[1]], dtype=dtype, device=self.accelerator.device)
+        # Their sum is finite as long as each one is.
+        self.grad_norms = torch.zeros((), dtype=dtype, device=self.accelerator.device)
         self.tokens_since_log = 0
         self.log_clock = self.run_clock = time.perf_counter()
 
@@ -139,6 +152,8 @@ class Trainer:
         now = time.perf_counter()
         self.state.elapsed_seconds += now - self.run_clock
         self.run_clock = now
+        if not math.isfinite(self.state.window_loss + self.grad_norms.item()):
+            raise NotFinite(f"update {self.state.step}: the loss or the gradient is not finite")
 
     def _log(self, grad_norm: torch.Tensor) -> None:
         self._close_window()

@@ -1,0 +1,79 @@
+"""What the losses so far say about a run: plateau, divergence, over-fitting, and what usually causes each."""
+
+from typing import Any
+
+
+class Diverged(RuntimeError):
+    """A run ended because its loss was no number: a result, not a mistake; exit code 3."""
+
+
+# A loss that is not this far (nats) below the unigram cross-entropy has learned word frequencies, no context.
+LEARNED = 0.1
+# A validation loss this far (nats) above its lowest value rises.
+RISE = 0.2
+# Training lines that are averaged: one alone is noisy where every update is logged.
+WINDOW = 10
+# A plateau is one from this update on, at the latest: BERT-base has left it by then.
+PATIENCE = 10_000
+
+LOSSES = ("train_loss", "validation_loss", "grad_norm")
+
+CAUSES = {
+    "plateau": (
+        "the loss is no better than that of a model that knows word frequencies only. Known causes: a "
+        "learning rate that is too high, Post-LN without warmup_steps (or with too few), a batch that is too "
+        "small, duplicated or shuffled lines in the corpus, a tokenizer that does not suit it; or more "
+        "updates are needed"
+    ),
+    "diverged": (
+        "the loss rises or is no number. Known causes: a learning rate that is too high, too few "
+        "warmup_steps (Post-LN above all), no gradient clipping (max_grad_norm 0)"
+    ),
+    "over-fitting": (
+        "the validation loss rises while the training loss does not. Known causes: many epochs over little "
+        "text, no dropout, validation text of another kind"
+    ),
+}
+
+
+def diagnose(
+    lines: list[dict[str, Any]], unigram_cross_entropy: float, max_steps: int, warmup_steps: int
+) -> str | None:
+    """Judge a run at its last validation by the lines of its metrics.jsonl.
+
+    - `diverged`: a loss or gradient was no finite number (null), or the validation loss is `RISE` above its
+      lowest value and the training loss rose with it.
+    - `over-fitting`: the validation loss is `RISE` above its lowest value; the training loss did not rise.
+    - `plateau`: the validation loss is not `LEARNED` below the unigram cross-entropy after a quarter of the
+      updates, or after `PATIENCE` where that is less, and not before the warm-up has ended.
+
+    Returns:
+        A key of `CAUSES`, or None.
+    """
+    if any(line.get(name, 0.0) is None for line in lines for name in LOSSES):
+        return "diverged"
+    validations = [line for line in lines if "validation_loss" in line]
+    if not validations:
+        return None
+    last, lowest = validations[-1], min(validations, key=lambda line: line["validation_loss"])
+    if last["validation_loss"] > lowest["validation_loss"] + RISE:
+        rose = _train_loss(lines, last["step"]) > _train_loss(lines, lowest["step"])
+        return "diverged" if rose else "over-fitting"
+    patience = max(warmup_steps, min(max_steps // 4, PATIENCE))
+    learned = last["validation_loss"] < unigram_cross_entropy - LEARNED
+    return "plateau" if last["step"] > patience and not learned else None
+
+
+def _train_loss(lines: list[dict[str, Any]], step: int) -> float:
+    """Training loss around an update: the mean of the last lines up to it; infinite where there are none."""
+    losses = [line["train_loss"] for line in lines if "train_loss" in line and line["step"] <= step]
+    recent = losses[-WINDOW:]
+    return sum(recent) / len(recent) if recent else float("inf")
+
+
+def last_diagnosis(lines: list[dict[str, Any]]) -> tuple[str | None, int | None]:
+    """What the last notice among the lines says, and the update at which it was written; (None, None)."""
+    notices = [line for line in lines if "diagnosis" in line]
+    if not notices or notices[-1]["diagnosis"] is None:
+        return None, None
+    return notices[-1]["diagnosis"], notices[-1]["step"]
