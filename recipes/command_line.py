@@ -5,7 +5,9 @@ import ast
 import inspect
 import textwrap
 import types
+from collections.abc import Collection, Iterable
 from dataclasses import MISSING, Field, dataclass, fields
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -40,10 +42,9 @@ def parse_arguments(argv: list[str] | None = None) -> PretrainingArguments:
     """
     parser = _build_parser()
     given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise UserError(f"{unknown[0]}: unknown option; {nearest(unknown[0].lstrip('-'), _options())}")
+    refuse_unknown(unknown, _options())
     values = vars(given)
-    config = values.pop("config", None)
+    config = values.pop("config")
     layers = read_yaml(DEFAULT_CONFIG) | (read_yaml(Path(config)) if config else {})
     return build_arguments(layers | values)
 
@@ -62,6 +63,12 @@ def build_arguments(values: dict[str, Any]) -> PretrainingArguments:
     check_arguments(args)
     build_stages(args)
     return args
+
+
+def refuse_unknown(words: list[str], allowed: Iterable[str]) -> None:
+    """Raise UserError for the first of the words that a parser did not know, if there is one."""
+    if words:
+        raise UserError(f"{words[0]}: unknown option; {nearest(words[0].lstrip('-'), allowed)}")
 
 
 def read_options(values: dict[str, Any]) -> dict[str, Any]:
@@ -101,6 +108,7 @@ class _Option:
     help: str
 
 
+@cache
 def _options() -> dict[str, _Option]:
     """Every option by name: the fields of the dataclasses above and those of `BertLnConfig`."""
     options = {}
@@ -125,29 +133,37 @@ def _default(option: Field) -> Any:
     return option.default if option.default is not MISSING else option.default_factory()
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are those of the rest of the program."""
+
     def error(self, message: str) -> NoReturn:
         """Raise what the rest of the program raises for a mistake."""
         raise UserError(message)
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="recipes/pretrain.py",
         usage="%(prog)s [--config FILE] [--name value ...]",
-        argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
         description="Pre-train BERT. Every option can stand in the YAML file too.",
     )
     parser.add_argument("--config", help="YAML file of options, laid over those of the default run")
+    add_options(parser)
+    return parser
+
+
+def add_options(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
+    """Let `parser` take the options of pre-training, as words that `read_options` makes values of."""
     default_run = read_yaml(DEFAULT_CONFIG)
     for name, option in _options().items():
+        if name in without:
+            continue
         # A switch may stand alone (--bf16), and so may --resume_from_checkpoint.
         alone = {"nargs": "?", "const": True} if bool in _members(option.annotation) else {}
         default = default_run.get(name, option.default)
         text = f"{option.help} [{default}]".replace("%", "%%")
-        parser.add_argument(f"--{name}", metavar="VALUE", help=text, **alone)
-    return parser
+        parser.add_argument(f"--{name}", metavar="VALUE", help=text, default=argparse.SUPPRESS, **alone)
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:

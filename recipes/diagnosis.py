@@ -11,8 +11,6 @@ class Diverged(RuntimeError):
 LEARNED = 0.1
 # A validation loss this far (nats) above its lowest value rises.
 RISE = 0.2
-# Training lines that are averaged: one alone is noisy where every update is logged.
-WINDOW = 10
 # A plateau is one from this update on, at the latest: BERT-base has left it by then.
 PATIENCE = 10_000
 
@@ -65,10 +63,11 @@ def diagnose(
 
 
 def _train_loss(lines: list[dict[str, Any]], step: int) -> float:
-    """Training loss around an update: the mean of the last lines up to it; infinite where there are none."""
-    losses = [line["train_loss"] for line in lines if "train_loss" in line and line["step"] <= step]
-    recent = losses[-WINDOW:]
-    return sum(recent) / len(recent) if recent else float("inf")
+    """Mean training loss between the validation before `step` and `step`; infinite without a training line."""
+    earlier = [line["step"] for line in lines if "validation_loss" in line and line["step"] < step]
+    since = max(earlier, default=0)
+    losses = [line["train_loss"] for line in lines if "train_loss" in line and since < line["step"] <= step]
+    return sum(losses) / len(losses) if losses else float("inf")
 
 
 def last_diagnosis(lines: list[dict[str, Any]]) -> tuple[str | None, int | None]:

@@ -1,5 +1,6 @@
 """A study: several arms, several seeds, everything else equal. Read from YAML and checked before any run."""
 
+import hashlib
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -60,9 +61,9 @@ def read_study(
 ) -> Study:
     """Read a study's YAML.
 
-    `base` is a table of options, laid over those of the default run, or over those of a YAML file that it
-    names as `config` (relative to the study's own). `arms` is a list of tables: each combination of the values
-    in a table's lists is one arm. An option whose value is itself a list is given as a list in a list.
+    `base` is a table of options, laid over those of the default run, and over those of a YAML file that it
+    names as `config` (relative to the study's own). `arms` is a list of tables: each combination of the
+    values in a table's lists is one arm. An option whose value is itself a list is given as a list in a list.
 
     Args:
         config: The YAML file.
@@ -101,7 +102,7 @@ def _base(config: Path, base: Any) -> dict[str, Any]:
 
 def _arms(config: Path, tables: Any) -> list[Arm]:
     if not isinstance(tables, list) or not tables or not all(isinstance(t, dict) and t for t in tables):
-        raise UserError(f"config {config}: arms {tables!r}: must be a list of tables of option: value or values")
+        raise UserError(f"config {config}: arms {tables!r}: must be a list of tables of option: values")
     arms = [arm for table in tables for arm in _combinations(table)]
     names = [arm.name for arm in arms]
     for name in names:
@@ -127,6 +128,8 @@ def _arm(options: dict[str, Any]) -> Arm:
 def _word(value: Any) -> str:
     """A value as a short word that can stand in the name of a folder."""
     text = f"{value:g}" if isinstance(value, float) else str(value)
+    if len(text) > 40:
+        text = hashlib.sha256(text.encode()).hexdigest()[:8]
     return "".join(c if c.isalnum() or c in "._+-" else "-" for c in text)
 
 

@@ -1,4 +1,4 @@
-"""Runs the runs of a study, side by side where asked; what is finished is kept, what was interrupted resumes."""
+"""Brings the runs of a study to their end, side by side where asked; what is finished is kept."""
 
 import json
 import os

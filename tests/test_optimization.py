@@ -85,3 +85,29 @@ def test_norms_and_biases_do_not_decay(placement, embedding_norm):
     assert len(decayed) + len(rest) == len(list(model.parameters()))
     groups = build_optimizer(model, OptimizationArguments(weight_decay=0.3)).param_groups
     assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+
+
+def test_sgd_is_plain_gradient_descent_with_decay_on_matrices_only():
+    model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
+    optimizer = build_optimizer(
+        model, OptimizationArguments(optim="sgd", learning_rate=0.5, weight_decay=0.1)
+    )
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model(torch.ones(4, 3)).square().sum().backward()
+    optimizer.step()
+    for name, p in model.named_parameters():
+        decay = 0.1 * before[name] if name == "0.weight" else 0.0
+        torch.testing.assert_close(p.detach(), before[name] - 0.5 * (p.grad + decay))
+
+
+def test_radam_warms_up_by_itself():
+    """Liu et al. 2020, Algorithm 2: while rho_t <= 5 the step is not divided by the second moment."""
+    weight = nn.Parameter(torch.zeros(2, 2))
+    model = nn.Module()
+    model.weight = weight
+    args = OptimizationArguments(optim="radam", learning_rate=1e-2, weight_decay=0.0)
+    optimizer = build_optimizer(model, args)
+    weight.grad = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    optimizer.step()
+    # The first step is that of momentum, bias-corrected: the gradient itself.
+    torch.testing.assert_close(weight.detach(), -1e-2 * weight.grad)
