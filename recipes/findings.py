@@ -1,0 +1,157 @@
+"""What a comparison found, in sentences with the doubts that belong to them."""
+
+from itertools import permutations
+
+from recipes.comparison import (
+    Estimate,
+    StepsRatio,
+    best_of_placements,
+    final_loss,
+    groups,
+    paired_difference,
+    placement_name,
+    steps_ratio,
+)
+from recipes.study_results import LEARNING_RATE, ArmCurves, StudyCurves
+
+DASH = "–"
+# Fewer seeds than this are called few.
+MANY_SEEDS = 5
+DIAGNOSES = {
+    "diverged": "diverged",
+    "plateau": "stayed near the loss of a model without context (plateau)",
+    "over-fitting": "over-fitted",
+}
+
+
+def short_answer(curves: StudyCurves) -> list[str]:
+    """Completeness, the best of each placement, how far they differ, trouble, reserve: a sentence each."""
+    best = best_of_placements(curves)
+    return [
+        _completeness(curves),
+        *(_best_sentence(curves, arm) for arm in best.values()),
+        *_difference_sentences(best),
+        *(_ratio_sentence(best[fast], best[slow]) for fast, slow in permutations(best, 2)),
+        *_trouble_sentences(curves),
+        *_reserve(curves),
+    ]
+
+
+def _completeness(curves: StudyCurves) -> str:
+    ended = sum(run.finished for run in curves.runs)
+    begun = sum(bool(run.record) for run in curves.runs)
+    parts = [
+        f"{ended} of {_count(len(curves.runs), 'run')} have ended "
+        f"({_count(len(curves.arms), 'arm')}, {_count(len(curves.seeds), 'seed')})",
+        f"{begun - ended} unfinished" if begun > ended else "",
+        f"{len(curves.runs) - begun} not there" if len(curves.runs) > begun else "",
+        "all of this is provisional" if ended < len(curves.runs) else "",
+    ]
+    return "; ".join(filter(None, parts)) + "."
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
+def _trouble_sentences(curves: StudyCurves) -> list[str]:
+    troubled = [arm for arm in curves.arms if any(run.diagnosis for run in arm.runs)]
+    if troubled:
+        return [_trouble(arm) for arm in troubled]
+    if not any(len(run.steps) for run in curves.runs):
+        return ["Nothing has been measured yet."]
+    return [f"No run diverged or stayed at the unigram cross-entropy ({curves.unigram_cross_entropy:.3f})."]
+
+
+def _trouble(arm: ArmCurves) -> str:
+    """What the runs of an arm suffered from, with the updates at which it first showed."""
+    parts = []
+    for diagnosis, words in DIAGNOSES.items():
+        runs = [run for run in arm.runs if run.diagnosis == diagnosis]
+        if runs:
+            steps = ", ".join(f"{step:,}" for step in sorted({run.diagnosis_step for run in runs}))
+            parts.append(f"{words} in {len(runs)} of {_count(len(arm.runs), 'run')}, from update {steps} on")
+    return f"{arm.label}: {'; '.join(parts)}."
+
+
+def _best_sentence(curves: StudyCurves, arm: ArmCurves) -> str:
+    group = next(group for group in groups(curves) if group.best is arm)
+    rate = "" if LEARNING_RATE in arm.label else f" (learning rate {arm.options[LEARNING_RATE]:g})"
+    words = f"Best {placement_name(arm.placement)}: {arm.label}{rate}, final validation loss "
+    words += estimate_words(final_loss(arm))
+    return f"{words}; {group.edge}." if group.edge else f"{words}."
+
+
+def estimate_words(value: Estimate) -> str:
+    """A mean with its interval and n."""
+    if not value.n:
+        return DASH
+    if value.n == 1:
+        return f"{value.mean:.4f} (n = 1, no interval)"
+    return f"{value.mean:.4f} [{value.low:.4f}, {value.high:.4f}] (n = {value.n})"
+
+
+def _difference_sentences(best: dict[str, ArmCurves]) -> list[str]:
+    """The best placement against each of the others, in order of their final losses."""
+    if len(best) < 2:
+        return ["There are not two placements with a finished arm: placements are not compared."]
+    first, *others = sorted(best.values(), key=lambda arm: final_loss(arm).mean)
+    return [_difference(first, other) for other in others]
+
+
+def _difference(arm: ArmCurves, other: ArmCurves) -> str:
+    mine, theirs, paired = final_loss(arm), final_loss(other), paired_difference(other, arm)
+    name, other_name = placement_name(arm.placement), placement_name(other.placement)
+    words = f"Each at its best, {name} ends {theirs.mean - mine.mean:.4f} nats below {other_name}"
+    if paired.n < 2:
+        return f"{words}; with fewer than two seeds in common, chance is not ruled out."
+    overlap = "the two intervals overlap" if mine.high >= theirs.low else "the two intervals do not overlap"
+    shown = "excludes 0" if paired.low > 0 or paired.high < 0 else "includes 0, so no difference is shown"
+    return f"{words}; {overlap}; paired by seed the difference is {estimate_words(paired)}, which {shown}."
+
+
+def _ratio_sentence(fast: ArmCurves, slow: ArmCurves) -> str:
+    ratio = steps_ratio(fast, slow)
+    one, other = placement_name(fast.placement), placement_name(slow.placement)
+    if ratio is None:
+        return f"Steps ratio of {one} against {other}: no finished seed in common."
+    if ratio.ratio is None:
+        words = ratio_words(ratio).removeprefix("not reached; ")
+        return (
+            f"{one} does not reach the best loss of {other} ({ratio.target:.4f}, after "
+            f"{ratio.slow_steps:,.0f} updates): steps ratio {words}; {_hedge(ratio)}."
+        )
+    return (
+        f"{one} reaches the best loss of {other} ({ratio.target:.4f}) after {ratio.fast_steps:,.0f} updates, "
+        f"{other} after {ratio.slow_steps:,.0f}: steps ratio {ratio_words(ratio)}; {_hedge(ratio)}."
+    )
+
+
+def _hedge(ratio: StepsRatio) -> str:
+    """What the interval of a steps ratio allows to say."""
+    if ratio.n == 1:
+        return "one seed, so no interval"
+    missed = f"; not reached in {ratio.not_reached:.0%} of the resamples" if ratio.not_reached else ""
+    seeds = f" ({ratio.n} seeds)"
+    if ratio.low is not None and ratio.low > 1:
+        return f"the interval lies above 1{seeds}{missed}"
+    if (ratio.high is not None and ratio.high < 1) or (ratio.high is None and ratio.bound <= 1):
+        return f"the interval lies below 1{seeds}{missed}"
+    return f"the interval does not exclude 1, so no difference in updates is shown{seeds}{missed}"
+
+
+def ratio_words(ratio: StepsRatio | None) -> str:
+    """A steps ratio with its interval; an end at which the loss is not reached is said in words."""
+    if ratio is None:
+        return DASH
+    middle = f"not reached; < {ratio.bound:.2f}" if ratio.ratio is None else f"{ratio.ratio:.2f}"
+    if ratio.n == 1 or ratio.not_reached == 1:
+        return middle
+    low, high = ("not reached" if end is None else f"{end:.2f}" for end in (ratio.low, ratio.high))
+    return f"{middle} [{low}, {high}]"
+
+
+def _reserve(curves: StudyCurves) -> list[str]:
+    if len(curves.seeds) >= MANY_SEEDS:
+        return []
+    return [f"With {_count(len(curves.seeds), 'seed')} an arm, small differences cannot be told from chance."]

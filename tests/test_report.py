@@ -1,0 +1,207 @@
+"""The report of a comparison, as a browser shows it, whatever became of the runs."""
+
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from recipes.figures import arm_styles
+from recipes.findings import short_answer
+from recipes.report import write_report
+from recipes.study_results import read_runs, read_study_curves
+from tests.study_fixtures import curve, make_study, write_run
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FIGURES = ("validation_loss", "best_arms", "learning_rates", "training")
+ARMS = {
+    f"{placement}, learning_rate {rate:g}": {"norm_placement": placement, "learning_rate": rate}
+    for placement in ("post", "pre")
+    for rate in (1e-4, 3e-4, 1e-3)
+}
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """Six arms of two seeds: one diverged, one at the unigram level, one unfinished, one not there."""
+    folder = tmp_path_factory.mktemp("study")
+    study = make_study(folder, ARMS, [0, 1])
+    for arm in study.arms[:-1]:
+        for seed in study.seeds:
+            rate, placement = arm.options["learning_rate"], arm.options["norm_placement"]
+            losses, more = curve(4.5 - 500 * rate - (placement == "pre") + seed / 50, 10, 8.0), {}
+            if rate == 1e-3:
+                losses, more = [8.0, 9.0, None], {"diagnosis": "diverged"}
+            elif (placement, rate) == ("post", 3e-4):
+                losses, more = np.full(10, 6.95), {"diagnosis": "plateau"}
+            elif (placement, rate, seed) == ("pre", 1e-4, 1):
+                losses, more = losses[:4], {"finished": False}
+            write_run(study.folder(arm, seed), seed, losses, **arm.options, **more)
+    write_report(read_study_curves(study), folder / "report")
+    return folder / "report"
+
+
+def browse(page, *flags):
+    if BROWSER is None:
+        pytest.skip("no chromium, chromium-browser or google-chrome is installed")
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *flags]
+    return subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+
+
+def test_a_browser_shows_every_arm_and_has_no_complaint(report):
+    result = browse(report / "index.html", "--dump-dom", "--enable-logging=stderr")
+    for label in ARMS:
+        assert label in result.stdout
+    assert len(re.findall('<svg role="img" aria-label="[^"]*pre, learning_rate', result.stdout)) == len(
+        FIGURES
+    )
+    assert "CONSOLE" not in result.stderr
+
+
+def test_a_browser_hears_of_a_broken_page(tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text('<title>x</title><link rel="icon" href="data:,"><script>nonsense()</script>')
+    assert "CONSOLE" in browse(page, "--dump-dom", "--enable-logging=stderr").stderr
+
+
+def test_the_page_is_not_blank(report, tmp_path):
+    file = tmp_path / "page.png"
+    browse(report / "index.html", f"--screenshot={file}", "--window-size=1000,3000")
+    grey = imread(file)[..., :3].mean(axis=2)
+    bands = np.array_split(grey, 10)
+    # Ink from top to bottom, not a line and a void.
+    assert all(((band < 0.6).mean() > 0.003) for band in bands)
+
+
+def test_the_page_needs_nothing_else(report):
+    page = (report / "index.html").read_text(encoding="utf-8")
+    assert "<script" not in page
+    resources = re.findall(r'(?:src|href)="([^"#][^"]*)"|url\(([^#)][^)]*)\)|@import', page)
+    assert resources == [("data:,", "")]
+
+
+def test_names_in_the_page_are_unique_and_there(report):
+    page = (report / "index.html").read_text(encoding="utf-8")
+    names = re.findall(r' id="([^"]*)"', page)
+    assert len(names) == len(set(names))
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', page)) <= set(names)
+
+
+class Balance(HTMLParser):
+    """Elements that are still open."""
+
+    def __init__(self):
+        super().__init__()
+        self.open = []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("meta", "link", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_every_element_of_the_page_is_closed(report):
+    balance = Balance()
+    balance.feed((report / "index.html").read_text(encoding="utf-8"))
+    assert balance.open == []
+
+
+@pytest.mark.parametrize("name", ["validation_loss", "training"])
+def test_every_arm_is_in_the_legend(report, name):
+    svg = (report / f"{name}.svg").read_text(encoding="utf-8")
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+    for label in ARMS:
+        assert any(text.startswith(label) for text in texts)
+
+
+def test_the_same_curves_give_the_same_files(report, tmp_path):
+    runs = [write_run(tmp_path / f"{p}", 0, curve(4), norm_placement=p) for p in ("post", "pre")]
+    files = [write_report(read_runs(runs), tmp_path / name) for name in ("one", "two")]
+    assert len(files[0]) == 2 + 2 * len(FIGURES)
+    for first, second in zip(*files):
+        assert first.read_bytes() == second.read_bytes(), first.name
+
+
+def test_markdown_has_the_figures_and_whole_tables(report):
+    text = (report / "report.md").read_text(encoding="utf-8")
+    for name in FIGURES:
+        assert f"]({name}.png)" in text
+        assert (report / f"{name}.png").exists()
+    for table in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
+        assert len({row.count("|") for row in table.splitlines()}) == 1
+    assert (
+        "stayed near the loss of a model without context (plateau) in 2 of 2 runs, from update 1,000" in text
+    )
+    assert "10 of 12 runs" not in text
+    assert "9 of 12 runs have ended" in text
+
+
+def test_what_a_label_holds_is_no_markup(tmp_path):
+    # Folder names are what users choose.
+    run = write_run(tmp_path / "a<b>|c", 0, curve(4))
+    page, markdown, *_ = write_report(read_runs([run]), tmp_path / "report")
+    assert "a<b>" not in page.read_text()
+    assert "a&lt;b&gt;|c" in page.read_text()
+    assert r"a\<b>\|c" in markdown.read_text()
+
+
+@pytest.mark.parametrize(
+    "states",
+    [
+        [],
+        [{"losses": [], "finished": False}],
+        [{"losses": [8.0], "finished": False}],
+        [{"losses": [None], "diagnosis": "diverged"}],
+        [{"losses": [8.0]}],
+        [{"losses": [5.0, 4.0]}, {"losses": [None], "diagnosis": "diverged"}],
+    ],
+    ids=["nothing", "begun", "one validation", "all diverged", "one finished", "one of each"],
+)
+def test_any_state_of_a_study_is_reported(tmp_path, states):
+    study = make_study(tmp_path, dict(list(ARMS.items())[2:4]), [0])
+    for arm, state in zip(study.arms, states):
+        write_run(study.folder(arm, 0), 0, **state, **arm.options)
+    page, *_ = write_report(read_study_curves(study), tmp_path / "report")
+    text = page.read_text(encoding="utf-8")
+    for arm in study.arms:
+        assert arm.label in text
+    assert f"{sum(state.get('finished', True) for state in states)} of 2 runs" in text
+    assert ("No run has been validated yet" in text) == (not any(state["losses"] for state in states))
+    assert not re.search(r"\bnan\b", re.sub(r"<svg.*?</svg>", "", text, flags=re.DOTALL))
+
+
+def test_the_answer_says_how_sure_it_is(tmp_path):
+    def answer(name, gap):
+        runs = [
+            write_run(
+                tmp_path / f"{name}{p}{s}", s, curve(4 + (p == "post") * gap + s / 10), norm_placement=p
+            )
+            for p in ("post", "pre")
+            for s in range(3)
+        ]
+        return " ".join(short_answer(read_runs(runs)))
+
+    assert "Pre-LN ends 1.0000 nats below Post-LN; the two intervals do not overlap" in answer("far", 1.0)
+    near = answer("near", 0.0)
+    assert "the two intervals overlap" in near
+    assert "includes 0, so no difference is shown" in near
+    assert "does not exclude 1" in near
+
+
+def test_an_arm_of_the_same_other_options_has_the_same_colour_and_another_line(report, tmp_path):
+    runs = [
+        write_run(tmp_path / f"{p}{rate}", 0, curve(4), norm_placement=p, learning_rate=rate)
+        for p in ("post", "pre")
+        for rate in np.geomspace(1e-4, 1e-2, 9)
+    ]
+    curves = read_runs(runs)
+    styles = arm_styles(curves)
+    assert len({(s.color, str(s.linestyle), s.marker) for s in styles.values()}) == 18
+    pairs = list(zip(curves.arms[:9], curves.arms[9:]))
+    assert all(styles[a.name].color == styles[b.name].color for a, b in pairs)
+    assert all(styles[a.name].linestyle != styles[b.name].linestyle for a, b in pairs)
