@@ -63,7 +63,7 @@ def diagnose(
 
 
 def _train_loss(lines: list[dict[str, Any]], step: int) -> float:
-    """Mean training loss between the validation before `step` and `step`; infinite without a training line."""
+    """Mean training loss from the validation before `step` up to `step`; infinite where no line is."""
     earlier = [line["step"] for line in lines if "validation_loss" in line and line["step"] < step]
     since = max(earlier, default=0)
     losses = [line["train_loss"] for line in lines if "train_loss" in line and since < line["step"] <= step]

@@ -85,6 +85,7 @@ def _multiplies_bf16(device: torch.device) -> bool:
 
 
 def usable_cores() -> int:
+    """Cores that this process may use: as its affinity and its container allow."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:  # a container may be given less time than its cores have
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
