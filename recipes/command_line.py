@@ -42,7 +42,7 @@ def parse_arguments(argv: list[str] | None = None) -> PretrainingArguments:
     """
     parser = _build_parser()
     given, unknown = parser.parse_known_args(argv)
-    refuse_unknown(unknown, _options())
+    refuse_unknown(unknown, option_names())
     values = vars(given)
     config = values.pop("config")
     layers = read_yaml(DEFAULT_CONFIG) | (read_yaml(Path(config)) if config else {})
@@ -63,6 +63,11 @@ def build_arguments(values: dict[str, Any]) -> PretrainingArguments:
     check_arguments(args)
     build_stages(args)
     return args
+
+
+def option_names() -> list[str]:
+    """Every option of pre-training."""
+    return list(_options())
 
 
 def refuse_unknown(words: list[str], allowed: Iterable[str]) -> None:

@@ -20,18 +20,17 @@ interrupted.
 """
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 from recipes.arguments import UserError
-from recipes.command_line import Parser, add_options, refuse_unknown
+from recipes.command_line import Parser, add_options, option_names, refuse_unknown
 from recipes.reference import compare_with_reference, draw_verdict, read_reference, write_reference
 from recipes.report import write_report
 from recipes.study import SET_BY_STUDY, read_study
 from recipes.study_results import read_run, read_runs, read_study_curves
-from recipes.study_runner import run_study
+from recipes.study_runner import check_runs, run_study
 
 
 def main() -> int:
@@ -67,7 +66,7 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[argparse.Namespac
     own = set(vars(parser.parse_args([])))
     add_options(parser.add_argument_group("options of pre-training, in place of the base's"), SET_BY_STUDY)
     given, unknown = parser.parse_known_args(argv)
-    refuse_unknown(unknown, vars(given))
+    refuse_unknown(unknown, [*own, *option_names()])
     options = {name: value for name, value in vars(given).items() if name not in own}
     _check_together(given, options)
     return given, options
@@ -91,15 +90,22 @@ def _check_together(given: argparse.Namespace, options: dict[str, Any]) -> None:
         raise UserError(f"{next(iter(options))}: only together with --config: finished runs are not changed")
     if given.against and not given.runs:
         raise UserError(f"against {given.against}: needs the folders of the runs to compare with it")
+    if given.against and given.write_reference:
+        raise UserError("write_reference: not together with against; give one")
+    for name in ("seeds", "report_only"):
+        if getattr(given, name) and not given.config:
+            raise UserError(f"{name}: only together with --config")
     if given.parallel_runs < 1:
         raise UserError(f"parallel_runs {given.parallel_runs}: must be at least 1")
 
 
 def compare(given: argparse.Namespace, options: dict[str, Any]) -> int:
     """Run the study if there is one, and report; returns the exit code."""
-    failed: list[str] = []
+    failed, command = [], ""
     if given.config:
+        command = f"python recipes/compare.py --config {given.config}"
         study = read_study(given.config, options, given.seeds, given.output_dir)
+        check_runs(study)
         if not given.report_only:
             failed = run_study(study, given.parallel_runs)
         output_dir, curves = study.output_dir, read_study_curves(study)
@@ -109,7 +115,7 @@ def compare(given: argparse.Namespace, options: dict[str, Any]) -> int:
         if file.suffix in (".html", ".md"):
             print(f"wrote {file}")
     if given.write_reference:
-        write_reference(curves, given.write_reference, shlex.join(["python", *sys.argv]))
+        write_reference(curves, given.write_reference, command)
         print(f"wrote {given.write_reference}")
     for line in failed:
         print(line, file=sys.stderr)

@@ -55,19 +55,21 @@ def diagnose(
         return None
     last, lowest = validations[-1], min(validations, key=lambda line: line["validation_loss"])
     if last["validation_loss"] > lowest["validation_loss"] + RISE:
-        rose = _train_loss(lines, last["step"]) > _train_loss(lines, lowest["step"])
-        return "diverged" if rose else "over-fitting"
+        return _rising(lines, lowest["step"])
     patience = max(warmup_steps, min(max_steps // 4, PATIENCE))
     learned = last["validation_loss"] < unigram_cross_entropy - LEARNED
     return "plateau" if last["step"] > patience and not learned else None
 
 
-def _train_loss(lines: list[dict[str, Any]], step: int) -> float:
-    """Mean training loss from the validation before `step` up to `step`; infinite where no line is."""
-    earlier = [line["step"] for line in lines if "validation_loss" in line and line["step"] < step]
-    since = max(earlier, default=0)
-    losses = [line["train_loss"] for line in lines if "train_loss" in line and since < line["step"] <= step]
-    return sum(losses) / len(losses) if losses else float("inf")
+def _rising(lines: list[dict[str, Any]], lowest: int) -> str | None:
+    """Why the validation loss rises since update `lowest`; None before a training line can tell."""
+    losses = [(line["step"], line["train_loss"]) for line in lines if "train_loss" in line]
+    since = [loss for step, loss in losses if step > lowest]
+    before = [loss for step, loss in losses if step <= lowest]
+    if not since:
+        return None
+    rose = not before or sum(since) / len(since) > before[-1]
+    return "diverged" if rose else "over-fitting"
 
 
 def last_diagnosis(lines: list[dict[str, Any]]) -> tuple[str | None, int | None]:

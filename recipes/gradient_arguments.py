@@ -1,13 +1,22 @@
 """Options of the gradient probe: its own, and under them all options of pre-training."""
 
 import argparse
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bert_ln.placements import PLACEMENTS
-from recipes.arguments import MODEL_OPTIONS, PretrainingArguments, UserError, nearest
-from recipes.command_line import DEFAULT_CONFIG, Parser, build_arguments, read_options, read_yaml
+from recipes.arguments import PretrainingArguments, UserError, nearest
+from recipes.command_line import (
+    DEFAULT_CONFIG,
+    Parser,
+    add_options,
+    build_arguments,
+    option_names,
+    read_options,
+    read_yaml,
+    refuse_unknown,
+)
 from recipes.gradient_probe import INITS
 
 PROBE_CONFIG = Path(__file__).parent / "configs" / "gradients.yaml"
@@ -44,7 +53,7 @@ class ProbeArguments:
 
 LISTS = ("norm_placements", "inits", "depths", "checkpoints")
 # Every option by name: the probe's own, then those of pre-training.
-OPTIONS = [*HELP, *(f.name for f in fields(PretrainingArguments) if f.name != "model"), *MODEL_OPTIONS]
+OPTIONS = [*HELP, *option_names()]
 
 
 @dataclass(frozen=True)
@@ -67,8 +76,7 @@ def parse_gradient_arguments(argv: list[str] | None = None) -> GradientArguments
         UserError: An option that is unknown, has the wrong type or a value that is not allowed.
     """
     given, unknown = _build_parser().parse_known_args(argv)
-    if unknown:
-        raise UserError(f"{unknown[0]}: unknown option; {nearest(unknown[0].lstrip('-'), OPTIONS)}")
+    refuse_unknown(unknown, OPTIONS)
     values = vars(given)
     config = values.pop("config", None)
     for name, why in SET_BY_PROBE.items():
@@ -150,8 +158,6 @@ def _build_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
         description="Measure gradients and norms beside theory. Every option can stand in the YAML file too.",
-        epilog="All other options of recipes/pretrain.py, for the model, the data and the warm-up runs, are "
-        "taken too: recipes/pretrain.py --help explains them.",
     )
     parser.add_argument("--config", help="YAML file of options, laid over recipes/configs/gradients.yaml")
     defaults = read_yaml(PROBE_CONFIG)
@@ -159,8 +165,5 @@ def _build_parser() -> argparse.ArgumentParser:
         several = {"nargs": "+"} if name in LISTS else {}
         default = " ".join(map(str, defaults[name])) if name in LISTS else defaults[name]
         parser.add_argument(f"--{name}", metavar="VALUE", help=f"{help} [{default or 'none'}]", **several)
-    for name in OPTIONS:
-        if name not in HELP:
-            # A switch may stand alone, as in recipes/pretrain.py.
-            parser.add_argument(f"--{name}", nargs="?", const=True, help=argparse.SUPPRESS)
+    add_options(parser.add_argument_group("options of recipes/pretrain.py"))
     return parser

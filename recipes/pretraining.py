@@ -1,6 +1,7 @@
 """A pre-training run from its options to its results: prepare, say what it costs, train, hand over."""
 
 import json
+import math
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -258,7 +259,9 @@ class Run:
     def _end_diverged(self) -> None:
         """Record that training ended without a number; the checkpoints before it stay."""
         if self.accelerator.is_main_process:
-            self.metrics.append({"step": self.trainer.state.step, "diagnosis": "diverged"})
+            before, _ = last_diagnosis(self.metrics.lines())
+            if before != "diverged":
+                self.metrics.append({"step": self.trainer.state.step, "diagnosis": "diverged"})
             self.last_values = dict.fromkeys(("validation_loss", "validation_accuracy"))
             write_json(self.output_dir / "run.json", self.record | {"results": self._results()})
         self.accelerator.wait_for_everyone()
@@ -275,6 +278,8 @@ class Run:
         self.print(console.validation_line(state.step, values, self.unigram_cross_entropy))
         below = self.unigram_cross_entropy - values["validation_loss"]
         self._record({"step": state.step, **values, "below_unigram_cross_entropy": below})
+        if not math.isfinite(values["validation_loss"]):  # the same on every process
+            raise NotFinite(f"update {state.step}: the validation loss is not finite")
         if self.accelerator.is_main_process:
             self._notice(state.step)
 

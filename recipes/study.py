@@ -8,6 +8,7 @@ from typing import Any
 
 from recipes.arguments import DataArguments, MaskingArguments, PretrainingArguments, UserError, nearest
 from recipes.command_line import DEFAULT_CONFIG, build_arguments, read_options, read_yaml
+from recipes.stages import build_stages, remaining_tokens
 
 KEYS = ("base", "arms", "seeds")
 # What all arms must share, or their validation losses would not compare; and what the study sets itself.
@@ -16,7 +17,7 @@ SHARED = {
     *MaskingArguments.__dataclass_fields__,
     "max_eval_samples",
     "cache_dir",
-} - {"isolate_documents"}
+}
 SET_BY_STUDY = {"output_dir", "seed", "resume_from_checkpoint"}
 
 
@@ -119,15 +120,25 @@ def _combinations(table: dict[str, Any]) -> list[Arm]:
 
 def _arm(options: dict[str, Any]) -> Arm:
     name = ",".join(f"{option}={_word(value)}" for option, value in options.items())
-    label = ", ".join(
-        value if isinstance(value, str) else f"{option} {_word(value)}" for option, value in options.items()
+    return Arm(name, arm_label(options), options)
+
+
+def arm_label(options: dict[str, Any]) -> str:
+    """Options for people: `post, learning_rate 0.001, warmup_steps 0`."""
+    return ", ".join(
+        value if isinstance(value, str) else f"{name} {format_value(value)}"
+        for name, value in options.items()
     )
-    return Arm(name, label, options)
+
+
+def format_value(value: Any) -> str:
+    """The value of an option, for people."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _word(value: Any) -> str:
     """A value as a short word that can stand in the name of a folder."""
-    text = f"{value:g}" if isinstance(value, float) else str(value)
+    text = format_value(value)
     if len(text) > 40:
         text = hashlib.sha256(text.encode()).hexdigest()[:8]
     return "".join(c if c.isalnum() or c in "._+-" else "-" for c in text)
@@ -153,9 +164,13 @@ def _check(study: Study, overrides: dict[str, Any]) -> None:
     for option in SET_BY_STUDY:
         if option in study.base.keys() - {"output_dir"} | {o for arm in study.arms for o in arm.options}:
             raise UserError(f"{option}: is set by the study for each of its runs")
+    needed = set()
     for arm in study.arms:
         for seed in study.seeds:
             try:
-                study.arguments(arm, seed)
+                args = study.arguments(arm, seed)
             except UserError as error:
                 raise UserError(f"{arm.name}, seed {seed}: {error}") from error
+            needed.add(remaining_tokens(build_stages(args), args.num_processes or 1, 0))
+    if study.base.get("streaming") and len(needed) > 1:
+        raise UserError("streaming true: each run reads what it needs, and arms need different amounts")

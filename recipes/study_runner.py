@@ -16,16 +16,15 @@ import torch
 import yaml
 from tqdm import tqdm
 
+from recipes.arguments import UserError
 from recipes.launch import usable_cores
 from recipes.preparation import prepare_stores
-from recipes.run_record import Metrics
+from recipes.run_record import Metrics, check_same_run, describe_run
 from recipes.stages import build_stages, remaining_tokens
 from recipes.study import Study
 
 PRETRAIN = Path(__file__).parent / "pretrain.py"
 POLL_SECONDS = 2.0
-# What recipes/pretrain.py ends with where there is a result: done, or diverged.
-ENDED = (0, 3)
 
 
 @dataclass
@@ -45,14 +44,20 @@ class StudyRun:
 
     def results(self) -> dict[str, Any] | None:
         """What run.json says about how it ended; None while it has not."""
-        file = self.folder / "run.json"
-        return json.loads(file.read_text(encoding="utf-8")).get("results") if file.exists() else None
+        try:
+            return json.loads((self.folder / "run.json").read_text(encoding="utf-8")).get("results")
+        except (OSError, ValueError):
+            return None
 
     def updates(self) -> int:
         """Updates that need no more doing: all, where the run has ended."""
         if self.results() is not None:
             return self.max_steps
-        return max((line["step"] for line in Metrics(self.folder / "metrics.jsonl").lines()), default=0)
+        try:
+            lines = Metrics(self.folder / "metrics.jsonl").lines()
+        except UserError:  # damaged: the run itself will say so
+            return 0
+        return max((line["step"] for line in lines), default=0)
 
 
 def run_study(study: Study, parallel_runs: int) -> list[str]:
@@ -66,8 +71,9 @@ def run_study(study: Study, parallel_runs: int) -> list[str]:
         A line for each run that failed; a run that diverged did not.
 
     Raises:
-        UserError: The corpus or the tokenizer cannot be prepared.
+        UserError: The corpus or the tokenizer cannot be prepared, or there are too few GPUs.
     """
+    _check_gpus(study, parallel_runs)
     runs = [
         StudyRun(f"{arm.label}, seed {seed}", study.folder(arm, seed), study.options(arm, seed), steps)
         for seed in study.seeds  # all arms have their first seed before any has its second
@@ -80,6 +86,32 @@ def run_study(study: Study, parallel_runs: int) -> list[str]:
         with _children_stopped(runs):
             return list(_run_all(runs, waiting, parallel_runs))
     return []
+
+
+def check_runs(study: Study) -> None:
+    """Refuse an output folder with a run of other settings than the study's, before training and reporting.
+
+    Raises:
+        UserError: Names the run and the difference.
+    """
+    for arm in study.arms:
+        for seed in study.seeds:
+            folder, args = study.folder(arm, seed), study.arguments(arm, seed)
+            planned = describe_run(args, build_stages(args), args.num_processes or 1)
+            if args.bf16 is None:  # decided by the machine on which the run began
+                del planned["options"]["bf16"]
+            if (folder / "run.json").exists():
+                check_same_run(folder, planned)
+
+
+def _check_gpus(study: Study, parallel_runs: int) -> None:
+    processes = max(study.arguments(arm, study.seeds[0]).num_processes or 1 for arm in study.arms)
+    gpus = len(_gpus())
+    if gpus and parallel_runs * processes > gpus:
+        raise UserError(
+            f"parallel_runs {parallel_runs}: with {processes} processes each they need "
+            f"{parallel_runs * processes} GPUs, and there are {gpus}"
+        )
 
 
 def _prepare(study: Study) -> None:
@@ -102,7 +134,7 @@ def _run_all(runs: list[StudyRun], waiting: list[StudyRun], parallel_runs: int) 
             for place, run in enumerate(places):
                 if run and run.process.poll() is not None:
                     bar.write(_ending(run))
-                    if run.process.returncode not in ENDED:
+                    if run.results() is None:
                         yield _ending(run)
                     places[place] = None
                 if places[place] is None and waiting:
@@ -139,20 +171,23 @@ def _resources(place: int, parallel_runs: int, processes: int) -> dict[str, str]
     """Environment that gives a place its share of the cores and GPUs of its own."""
     threads = max(1, usable_cores() // (parallel_runs * processes))
     shares = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-    if gpus:
-        mine = [gpus[(place * processes + i) % len(gpus)] for i in range(processes)]
-        shares["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+    if gpus := _gpus():
+        shares["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[place * processes : (place + 1) * processes])
     return shares
 
 
+def _gpus() -> list[str]:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+
+
 def _ending(run: StudyRun) -> str:
-    """How a run's process ended, in one line."""
-    if run.process.returncode not in ENDED:
-        last = [line for line in run.log.read_text(encoding="utf-8").splitlines() if line.strip()][-1:]
-        return f"failed: {run.name}: {''.join(last)} (all of it: {run.log})"
+    """How a run's process ended, in one line. A launcher gives every failure the same code: results tell."""
     results = run.results()
+    if results is None:
+        lines = [line for line in run.log.read_text(encoding="utf-8").splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("error: ")] or lines
+        return f"failed: {run.name}: {''.join(errors[-1:])} (all of it: {run.log})"
     if results["validation_loss"] is None:
         return f"diverged by update {results['step']}: {run.name}"
     what = f" ({results['diagnosis']})" if results["diagnosis"] else ""

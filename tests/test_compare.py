@@ -42,7 +42,7 @@ def test_a_study_from_its_file_to_its_report(tmp_path, corpus_dir, cache_dir):
         folder = tmp_path / f"output/mine/runs/norm_placement={arm}/seed-1"
         results = json.loads((folder / "run.json").read_text())["results"]
         assert results["step"] == 4
-        losses[arm] = f"{results['validation_loss']:.3f}"
+        losses[arm] = f"{results['validation_loss']:.4f}"
         assert losses[arm] in page
     assert losses["post"] != losses["pre"]
 
@@ -53,7 +53,7 @@ def test_runs_that_are_there_already(monkeypatch, two_runs, tmp_path):
     page = (tmp_path / "out/report/report.md").read_text()
     for run in two_runs:
         loss = json.loads((run / "run.json").read_text())["results"]["validation_loss"]
-        assert f"{loss:.3f}" in page
+        assert f"{loss:.4f}" in page
     assert {f: f.read_bytes() for run in two_runs for f in run.rglob("*") if f.is_file()} == before
 
 
@@ -89,6 +89,9 @@ def test_a_reference_written_and_compared_with(monkeypatch, tiny, two_runs, tmp_
         ),
         (["--config", "study.yaml", "--parallel_runs", "0"], "parallel_runs 0: must be at least 1"),
         (["--config", "study.yaml", "--against", "x"], "against x: needs the folders"),
+        (["run", "--seeds", "1"], "seeds: only together with --config"),
+        (["run", "--report_only"], "report_only: only together with --config"),
+        (["run", "--against", "x", "--write_reference", "y"], "write_reference: not together with against"),
         (["--config", "study.yaml", "--seeds", "a"], "argument --seeds: invalid int value: 'a'"),
     ],
 )

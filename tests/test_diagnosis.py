@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from recipes import pretraining, training
 from recipes.diagnosis import Diverged, diagnose, last_diagnosis
 from recipes.pretraining import pretrain
 from tests.conftest import metrics_of
@@ -38,6 +39,15 @@ def lines(validation, train=None):
 )
 def test_what_losses_show(validation, train, expected):
     assert diagnose(lines(validation, train), UNIGRAM, max_steps=1000, warmup_steps=0) == expected
+
+
+def test_without_a_training_line_since_the_lowest_loss_nothing_is_said():
+    """Validated more often than logged."""
+    losses = [{"step": 100, "train_loss": 4.0}, {"step": 100, "validation_loss": 4.0}]
+    losses += [{"step": 120, "validation_loss": 5.0}]
+    assert diagnose(losses, UNIGRAM, 1000, 0) is None
+    assert diagnose([*losses, {"step": 130, "train_loss": 5.5}], UNIGRAM, 1000, 0) == "diverged"
+    assert diagnose([*losses, {"step": 130, "train_loss": 3.5}], UNIGRAM, 1000, 0) == "over-fitting"
 
 
 def test_no_plateau_is_declared_during_the_warmup():
@@ -106,6 +116,27 @@ def test_a_loss_that_is_no_number_ends_the_run_and_is_its_result(tiny, tmp_path)
     assert results["step"] == results["diagnosis_step"] == 2
     assert not (run / "model.safetensors").exists()
     assert not list(run.glob("checkpoint-*"))
+
+
+def test_a_validation_loss_that_is_no_number_ends_the_run_before_anything_is_saved(tiny, tmp_path):
+    """The last update broke the weights: its own loss and gradient were still those of the weights before."""
+    with pytest.raises(Diverged):
+        pretrain(tiny(learning_rate=1e30, max_steps=1))
+    run = tmp_path / "run"
+    assert json.loads((run / "run.json").read_text())["results"]["validation_loss"] is None
+    assert metrics_of(run, "validation_loss")[-1]["validation_loss"] is None
+    assert not (run / "model.safetensors").exists()
+    assert not list(run.glob("checkpoint-*"))
+
+
+def test_divergence_is_recorded_where_it_first_showed(tiny, tmp_path, monkeypatch):
+    """A loss that rises from update 4 on, and is no number from update 6 on."""
+    monkeypatch.setattr(pretraining, "diagnose", lambda *_: "diverged")
+    monkeypatch.setattr(training, "learning_rate_at", lambda step, *_: 1e30 if step == 6 else 1e-3)
+    with pytest.raises(Diverged):
+        pretrain(tiny())
+    results = json.loads((tmp_path / "run" / "run.json").read_text())["results"]
+    assert (results["diagnosis_step"], results["step"]) == (4, 7)
 
 
 def test_divergence_has_an_exit_code_of_its_own(launch, tmp_path):

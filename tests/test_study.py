@@ -9,6 +9,7 @@ from recipes.arguments import UserError
 from recipes.study import read_study
 from tests.conftest import ROOT, TINY
 
+STREAM = {"streaming": True, "dataset_name": "some/text"}
 CONFIGS = ROOT / "recipes" / "configs"
 
 
@@ -41,6 +42,13 @@ def test_the_lists_of_a_table_are_multiplied_out_and_tables_added(write):
     assert study.folder(study.arms[4], 3) == Path(
         "output/mine/runs/norm_placement=pre,learning_rate=1/seed-3"
     )
+
+
+def test_a_value_that_is_a_table_is_shown_to_people_and_hidden_in_names(write):
+    table = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"min_lr_ratio": 0.125}}
+    (arm,) = read_study(write(arms=[table]), {}).arms
+    assert "min_lr_ratio" in arm.label and "0.125" in arm.label
+    assert not set(arm.name) & set("{}' /:")
 
 
 def test_an_option_that_is_a_list_is_a_list_in_a_list(write):
@@ -110,6 +118,12 @@ def test_the_warmup_ablation_crosses_warmup_rate_and_optimiser():
         ({"arms": [{"warmup_steps": 12}]}, {}, "warmup_steps 12: must be less than max_steps 12"),
         ({"arms": [{"mlm_probability": [0.1, 0.2]}]}, {}, "mlm_probability: must be the same for all arms"),
         ({"arms": [{"train_file": ["a", "b"]}]}, {}, "train_file: must be the same for all arms"),
+        ({"arms": [{"isolate_documents": [True, False]}]}, {}, "isolate_documents: must be the same"),
+        (
+            {"base": TINY | STREAM, "arms": [{"max_steps": [12, 24]}]},
+            {},
+            "streaming true: .*different amounts",
+        ),
         ({"arms": [{"seed": [1, 2]}]}, {}, "seed: is set by the study"),
         ({"base": TINY | {"seed": 3}}, {}, "seed: is set by the study"),
         ({"base": [1]}, {}, r"base \[1\]: must be a table"),

@@ -10,9 +10,10 @@ import time
 import pytest
 import yaml
 
-from recipes import study_runner
+from recipes import compare, study_runner
+from recipes.arguments import UserError
 from recipes.study import read_study
-from recipes.study_runner import run_study
+from recipes.study_runner import check_runs, run_study
 from tests.conftest import ROOT, TINY, metrics_of
 
 LONGER = {"max_steps": 60, "save_steps": 10, "eval_steps": 30}
@@ -57,6 +58,35 @@ def test_every_run_comes_to_its_end_and_is_then_left_alone(study, capsys):
     assert {file: after[file] for file in before} == before
     assert (added.folder(added.arms[3], 1) / "model.safetensors").exists()
     assert "done: pre, learning_rate 0.002, seed 1" in capsys.readouterr().out
+
+
+def test_runs_of_other_settings_are_refused_before_anything_is_trained_or_reported(study, monkeypatch):
+    mine = study([{"norm_placement": "post"}], max_steps=4)
+    run_study(mine, parallel_runs=1)
+    check_runs(mine)
+    before = contents(mine.output_dir)
+    other = study([{"norm_placement": "post"}], max_steps=4, weight_decay=0.5)
+    with pytest.raises(UserError, match=r"weight_decay is 0\.5, was 0\.01"):
+        check_runs(other)
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--config", str(mine.output_dir.parent / "mine.yaml")])
+    sys.argv += ["--output_dir", str(mine.output_dir), "--report_only"]
+    assert compare.main() == 2
+    assert contents(mine.output_dir) == before
+
+
+def test_divergence_on_several_processes_is_a_result(study, monkeypatch):
+    """The launcher turns the run's exit code into that of a failure."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    mine = study([{"learning_rate": 1e30}], num_processes=2)
+    assert run_study(mine, parallel_runs=1) == []
+    record = json.loads((mine.folder(mine.arms[0], 1) / "run.json").read_text())
+    assert (record["num_processes"], record["results"]["diagnosis"]) == (2, "diverged")
+
+
+def test_more_gpus_than_there_are_cannot_be_used(study, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    with pytest.raises(UserError, match=r"parallel_runs 2: .* need 4 GPUs, and there are 3"):
+        run_study(study(num_processes=2), parallel_runs=2)
 
 
 def test_a_run_of_a_study_is_the_run_of_the_command_line(study, launch, tmp_path):
