@@ -7,6 +7,7 @@ Post-LN, against its own conclusion: the two names are swapped.
 """
 
 import json
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,9 @@ import numpy as np
 
 from recipes.intervals import CONFIDENCE, mean_interval, resamples
 from recipes.study_results import LEARNING_RATE, PLACEMENT, ArmCurves, StudyCurves, format_value
+
+# With fewer seeds a percentile bootstrap is far from 95 %: the range of all resamples is given in its place.
+MANY_SEEDS = 6
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,10 @@ class StepsRatio:
     bound: float
     """What the ratio is less than where the fast arm does not reach the loss."""
     low: float | None
-    """Of the 95 % percentile interval; None: the fast arm does not reach the loss. nan for one seed."""
+    """Of the 95 % percentile interval, or of the range of all resamples where seeds are `few`.
+
+    None: the fast arm does not reach the loss. nan for one seed.
+    """
     high: float | None
     """Likewise."""
     not_reached: float
@@ -51,6 +58,20 @@ class StepsRatio:
     def ratio(self) -> float | None:
         """More than 1: the fast arm needs fewer updates; None: not reached, less than `bound`."""
         return None if self.fast_steps is None else self.slow_steps / self.fast_steps
+
+    @property
+    def few(self) -> bool:
+        """Whether there are too few seeds for an interval that could be called one of 95 %."""
+        return self.n < MANY_SEEDS
+
+
+def chance_of_exclusion(n: int) -> float:
+    """How often the range of all resamples of the mean of n seeds leaves out the truth, by chance.
+
+    It does where all n lie on one side of it, which n draws from a symmetric distribution do in 2 of 2^n
+    cases.
+    """
+    return 2.0 ** (1 - n)
 
 
 @dataclass(frozen=True)
@@ -64,31 +85,68 @@ class Group:
 
     @property
     def best(self) -> ArmCurves | None:
-        """Arm of the lowest mean final loss among those that no seed diverged in; None: there is none."""
-        return min(filter(eligible, self.arms), key=lambda arm: final_loss(arm).mean, default=None)
+        """The arm of the best learning rate, by `best_arm`."""
+        return best_arm(self.arms)
+
+    @property
+    def tried(self) -> list[ArmCurves]:
+        """Arms of the learning rates of which a run has come to its end."""
+        return [arm for arm in self.arms if arm.finished]
+
+    @property
+    def note(self) -> str:
+        """What is to be known of the choice, in words; empty: nothing."""
+        candidates = list(filter(eligible, self.arms))
+        if not candidates:
+            return "no arm has ended without a diverged seed"
+        seeds = common_seeds(candidates)
+        if not seeds:
+            return "its arms have no finished seed in common"
+        most = max(final_loss(arm).n for arm in candidates)
+        chosen = f"chosen on the seeds that all have finished: {', '.join(map(str, sorted(seeds)))}"
+        return "; ".join(filter(None, [self.edge, chosen if len(seeds) < most else None]))
 
     @property
     def edge(self) -> str | None:
         """What limits the choice of the learning rate, in words; None: rates on both sides were tried."""
-        tried = [arm for arm in self.arms if arm.finished]
         if self.best is None:
             return None
-        if len(tried) == 1:
+        if len(self.tried) == 1:
             return "only one learning rate was tried"
-        if self.best is tried[0] or self.best is tried[-1]:
-            side = "lowest" if self.best is tried[0] else "highest"
+        if self.best is self.tried[0] or self.best is self.tried[-1]:
+            side = "lowest" if self.best is self.tried[0] else "highest"
             return f"the {side} learning rate tried: the best may lie outside the grid"
         return None
 
 
-def final_loss(arm: ArmCurves) -> Estimate:
-    """Validation loss at the end, over the seeds that finished without diverging."""
-    return _estimate([run.final_loss for run in arm.finished if not run.diverged])
+def final_loss(arm: ArmCurves, seeds: Collection[int] | None = None) -> Estimate:
+    """Validation loss at the end, over the seeds that finished without diverging, or these among them."""
+    runs = [run for run in arm.finished if not run.diverged]
+    return _estimate([run.final_loss for run in runs if seeds is None or run.seed in seeds])
 
 
 def eligible(arm: ArmCurves) -> bool:
     """Whether an arm may be called the best: a seed is finished, and none diverged."""
     return final_loss(arm).n > 0 and not arm.diverged
+
+
+def common_seeds(arms: Iterable[ArmCurves]) -> set[int]:
+    """Seeds that all arms have finished."""
+    finished = [{run.seed for run in arm.finished} for arm in arms]
+    return set.intersection(*finished) if finished else set()
+
+
+def best_arm(arms: Iterable[ArmCurves]) -> ArmCurves | None:
+    """The eligible arm of the lowest mean final loss, over the seeds that all eligible ones have finished.
+
+    Seeds differ by more than learning rates may: means over different ones choose no arm.
+
+    Returns:
+        None where no arm is eligible, or those that are have no finished seed in common.
+    """
+    candidates = list(filter(eligible, arms))
+    seeds = common_seeds(candidates)
+    return min(candidates, key=lambda arm: final_loss(arm, seeds).mean) if seeds else None
 
 
 def paired_difference(arm: ArmCurves, other: ArmCurves) -> Estimate:
@@ -139,8 +197,8 @@ def _crossings(steps: np.ndarray, losses: np.ndarray, targets: np.ndarray) -> np
 def steps_ratio(fast: ArmCurves, slow: ArmCurves) -> StepsRatio | None:
     """The steps ratio of two arms over the seeds that both have finished.
 
-    Mean curves over seeds; percentile bootstrap over pairs of runs with the same seed, which see the same
-    data in the same order. A resample in which `fast` never gets there counts as less than every ratio.
+    Mean curves over seeds; bootstrap over pairs of runs with the same seed, which see the same data in the
+    same order. A resample in which `fast` never gets there counts as less than every ratio.
 
     Returns:
         None where they have no finished seed in common.
@@ -155,7 +213,7 @@ def steps_ratio(fast: ArmCurves, slow: ArmCurves) -> StepsRatio | None:
     chosen = resamples(len(seeds))  # [resamples, seeds]
     # [resamples, seeds, steps] -> [resamples, steps]
     _, slow_all, fast_all = _race(fast, slow, fast_losses[chosen].mean(1), slow_losses[chosen].mean(1))
-    low, high = _percentiles(slow_all / fast_all) if len(seeds) > 1 else (np.nan, np.nan)
+    low, high = _ends(slow_all / fast_all, len(seeds)) if len(seeds) > 1 else (np.nan, np.nan)
     return StepsRatio(
         target=float(target[0]),
         slow_steps=float(slow_at[0]),
@@ -182,10 +240,13 @@ def _race(
     return targets, slow.steps[slow_means.argmin(axis=1)], _crossings(fast.steps, fast_means, targets)
 
 
-def _percentiles(ratios: np.ndarray) -> tuple[float | None, float | None]:
-    """95 % percentile interval of ratios, in which nan is less than every number; None for such an end."""
+def _ends(ratios: np.ndarray, n: int) -> tuple[float | None, float | None]:
+    """95 % percentile interval of resampled ratios, or their range with few seeds.
+
+    What is nan is less than every number; None for such an end.
+    """
     ordered = np.where(np.isnan(ratios), -np.inf, ratios)
-    tail = (1 - CONFIDENCE) / 2
+    tail = (1 - CONFIDENCE) / 2 if n >= MANY_SEEDS else 0.0
     ends = np.quantile(ordered, [tail, 1 - tail], method="inverted_cdf")
     low, high = (float(end) if np.isfinite(end) else None for end in ends)
     return low, high
@@ -221,10 +282,10 @@ def placement_name(placement: str) -> str:
 
 
 def best_of_placements(curves: StudyCurves) -> dict[str, ArmCurves]:
-    """The arm of the lowest mean final loss of each norm placement that has one, in the order of the arms."""
+    """The best among the best arms of each norm placement that has one, in the order of the arms."""
     best = {}
     for placement in dict.fromkeys(arm.placement for arm in curves.arms):
         arms = [group.best for group in groups(curves) if group.placement == placement and group.best]
-        if arms:
-            best[placement] = min(arms, key=lambda arm: final_loss(arm).mean)
+        if (chosen := best_arm(arms)) is not None:
+            best[placement] = chosen
     return best

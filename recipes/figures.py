@@ -119,10 +119,15 @@ def _loss_curves(axes: Axes, curves: StudyCurves, arms: list[ArmCurves]) -> None
             if not any(run is other for other in arm.mean_runs):
                 axes.plot(run.steps, run.losses, **style.line(linewidth=0.8, marker=""))
         if len(arm.steps):
-            axes.plot(arm.steps, arm.losses.mean(0), **style.line())
-            low, high = arm.losses.min(0), arm.losses.max(0)
-            axes.fill_between(arm.steps, low, high, color=style.color, alpha=0.18, linewidth=0)
+            _mean_and_band(axes, arm.steps, arm, style)
     _unigram(axes, curves)
+
+
+def _mean_and_band(axes: Axes, x: np.ndarray, arm: ArmCurves, style: Style, linewidth: float = 1.6) -> None:
+    """Mean of an arm's losses at x, [steps], and the band from the smallest to the largest seed."""
+    axes.plot(x, arm.losses.mean(0), **style.line(linewidth=linewidth))
+    low, high = arm.losses.min(0), arm.losses.max(0)
+    axes.fill_between(x, low, high, color=style.color, alpha=0.18, linewidth=0)
 
 
 def _mark_divergences(axes: Axes, curves: StudyCurves, arms: list[ArmCurves]) -> None:
@@ -195,7 +200,7 @@ def draw_best(curves: StudyCurves) -> Figure:
             rows[0, column].set_xlim(0, 1.02 * last)
             rows[1, column].set(xlim=(last / 2, 1.01 * last), xlabel=label)
         rows[0, 0].set(ylim=_whole_range(curves), ylabel=LOSS)
-        ends = [arm.losses.mean(0)[arm.steps >= arm.steps[-1] / 2] for arm in chosen]
+        ends = [arm.losses[:, arm.steps >= arm.steps[-1] / 2] for arm in chosen]
         rows[1, 0].set(ylim=_range(_finite(ends)) or _whole_range(curves), ylabel="second half, enlarged")
         _legend(figure, curves, chosen, crosses=False)
     return figure
@@ -207,7 +212,7 @@ def _best_curves(
     bold = [arm.name for arm in best_of_placements(curves).values()]
     for arm in chosen:
         width = 2.2 if arm.name in bold else 1.1
-        axes.plot(abscissa(arm), arm.losses.mean(0), **arm_styles(curves)[arm.name].line(linewidth=width))
+        _mean_and_band(axes, abscissa(arm), arm, arm_styles(curves)[arm.name], width)
     _unigram(axes, curves)
 
 
@@ -221,6 +226,21 @@ _ABSCISSAE: dict[str, Callable[[ArmCurves], np.ndarray]] = {
 def best_arms(curves: StudyCurves) -> list[ArmCurves]:
     """The best arm of each group, which those of the placements are among, where it has a curve."""
     return [group.best for group in groups(curves) if group.best and len(group.best.steps)]
+
+
+def validated_arms(curves: StudyCurves) -> list[ArmCurves]:
+    """Arms of which a run has been validated."""
+    return [arm for arm in curves.arms if any(len(run.steps) for run in arm.runs)]
+
+
+def trained_arms(curves: StudyCurves) -> list[ArmCurves]:
+    """Arms of which a run has a training line."""
+    return [arm for arm in curves.arms if any(len(run.train["step"]) for run in arm.runs)]
+
+
+def ended_arms(curves: StudyCurves) -> list[ArmCurves]:
+    """Arms that have a final loss or a diverged run."""
+    return [arm for arm in curves.arms if final_loss(arm).n or arm.diverged]
 
 
 def draw_learning_rates(curves: StudyCurves) -> Figure:
@@ -351,7 +371,8 @@ def draw_against_bands(
         for index, (label, (steps, mean, low, high)) in enumerate(bands.items()):
             color = COLORS[index % 6]
             line = LINES[index // 6 % len(LINES)]
-            axes.plot(steps, mean, color=color, linestyle=line, linewidth=1.2, label=label)
+            # Judged at the markers only; what lies between two of them is drawn, not known.
+            axes.plot(steps, mean, color=color, linestyle=line, marker=".", linewidth=1.2, label=label)
             axes.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
         axes.plot(*run, color="black", marker="o", markersize=3, linewidth=1.4, label=run_label)
         axes.axhline(
@@ -394,7 +415,7 @@ def _legend_label(arm: ArmCurves) -> str:
     """The label, and what makes the arm's line end or be absent."""
     if not any(len(run.steps) for run in arm.runs):
         return f"{arm.label} (no validation yet)"
-    return f"{arm.label} ({len(arm.diverged)} of {len(arm.runs)} diverged)" if arm.diverged else arm.label
+    return f"{arm.label} ({len(arm.diverged)} of {len(arm.begun)} diverged)" if arm.diverged else arm.label
 
 
 def _extra_handles(curves: StudyCurves, crosses: bool) -> list[Line2D]:

@@ -3,20 +3,20 @@
 from itertools import permutations
 
 from recipes.comparison import (
+    MANY_SEEDS,
     Estimate,
     StepsRatio,
     best_of_placements,
+    chance_of_exclusion,
     final_loss,
     groups,
     paired_difference,
     placement_name,
     steps_ratio,
 )
-from recipes.study_results import LEARNING_RATE, ArmCurves, StudyCurves
+from recipes.study_results import LEARNING_RATE, ArmCurves, RunCurves, StudyCurves
 
 DASH = "–"
-# Fewer seeds than this are called few.
-MANY_SEEDS = 5
 DIAGNOSES = {
     "diverged": "diverged",
     "plateau": "stayed near the loss of a model without context (plateau)",
@@ -33,7 +33,7 @@ def short_answer(curves: StudyCurves) -> list[str]:
         *_difference_sentences(best),
         *(_ratio_sentence(best[fast], best[slow]) for fast, slow in permutations(best, 2)),
         *_trouble_sentences(curves),
-        *_reserve(curves),
+        *_reserve(best),
     ]
 
 
@@ -60,7 +60,7 @@ def _trouble_sentences(curves: StudyCurves) -> list[str]:
         return [_trouble(arm) for arm in troubled]
     if not any(len(run.steps) for run in curves.runs):
         return ["Nothing has been measured yet."]
-    return [f"No run diverged or stayed at the unigram cross-entropy ({curves.unigram_cross_entropy:.3f})."]
+    return [f"No run diverged or stayed at the unigram cross-entropy ({curves.unigram_cross_entropy:.4f})."]
 
 
 def _trouble(arm: ArmCurves) -> str:
@@ -69,9 +69,21 @@ def _trouble(arm: ArmCurves) -> str:
     for diagnosis, words in DIAGNOSES.items():
         runs = [run for run in arm.runs if run.diagnosis == diagnosis]
         if runs:
-            steps = ", ".join(f"{step:,}" for step in sorted({run.diagnosis_step for run in runs}))
-            parts.append(f"{words} in {len(runs)} of {_count(len(arm.runs), 'run')}, from update {steps} on")
+            parts.append(f"{words} in {len(runs)} of {_count(len(arm.begun), 'run')}, {_when(runs)}")
     return f"{arm.label}: {'; '.join(parts)}."
+
+
+def _when(runs: list[RunCurves]) -> str:
+    """When the diagnoses of runs showed: for no number the update by which it was noticed."""
+    sudden = {run.diagnosis_step for run in runs if run.ended_in_no_number}
+    others = {run.diagnosis_step for run in runs if not run.ended_in_no_number}
+    by = f"by update {_steps(sudden)}" if sudden else ""
+    since = f"from update {_steps(others)} on" if others else ""
+    return ", ".join(filter(None, [by, since]))
+
+
+def _steps(steps: set[int | None]) -> str:
+    return ", ".join(f"{step:,}" for step in sorted(steps))
 
 
 def _best_sentence(curves: StudyCurves, arm: ArmCurves) -> str:
@@ -79,7 +91,7 @@ def _best_sentence(curves: StudyCurves, arm: ArmCurves) -> str:
     rate = "" if LEARNING_RATE in arm.label else f" (learning rate {arm.options[LEARNING_RATE]:g})"
     words = f"Best {placement_name(arm.placement)}: {arm.label}{rate}, final validation loss "
     words += estimate_words(final_loss(arm))
-    return f"{words}; {group.edge}." if group.edge else f"{words}."
+    return f"{words}; {group.note}." if group.note else f"{words}."
 
 
 def estimate_words(value: Estimate) -> str:
@@ -92,22 +104,30 @@ def estimate_words(value: Estimate) -> str:
 
 
 def _difference_sentences(best: dict[str, ArmCurves]) -> list[str]:
-    """The best placement against each of the others, in order of their final losses."""
+    """The placement of the lowest mean final loss against each of the others."""
     if len(best) < 2:
-        return ["There are not two placements with a finished arm: placements are not compared."]
+        return ["There are not two placements with a best arm: placements are not compared."]
     first, *others = sorted(best.values(), key=lambda arm: final_loss(arm).mean)
     return [_difference(first, other) for other in others]
 
 
 def _difference(arm: ArmCurves, other: ArmCurves) -> str:
+    """How much lower one of two arms ends, over the seeds that both have finished."""
     mine, theirs, paired = final_loss(arm), final_loss(other), paired_difference(other, arm)
     name, other_name = placement_name(arm.placement), placement_name(other.placement)
-    words = f"Each at its best, {name} ends {theirs.mean - mine.mean:.4f} nats below {other_name}"
-    if paired.n < 2:
-        return f"{words}; with fewer than two seeds in common, chance is not ruled out."
-    overlap = "the two intervals overlap" if mine.high >= theirs.low else "the two intervals do not overlap"
-    shown = "excludes 0" if paired.low > 0 or paired.high < 0 else "includes 0, so no difference is shown"
-    return f"{words}; {overlap}; paired by seed the difference is {estimate_words(paired)}, which {shown}."
+    if not paired.n:
+        return f"The best of {name} and of {other_name} have no finished seed in common: not compared."
+    if paired.mean < 0:
+        return _difference(other, arm)
+    words = f"Each at its best, {name} ends {paired.mean:.4f} nats below {other_name}"
+    if paired.n == 1:
+        return f"{words}; with one seed in common, chance is not ruled out."
+    overlap = "overlap" if mine.high >= theirs.low and theirs.high >= mine.low else "do not overlap"
+    shown = "includes 0, so no difference is shown" if paired.low <= 0 else "excludes 0"
+    return (
+        f"{words}; the two intervals {overlap}; paired by seed the difference is {estimate_words(paired)}, "
+        f"which {shown}."
+    )
 
 
 def _ratio_sentence(fast: ArmCurves, slow: ArmCurves) -> str:
@@ -128,20 +148,22 @@ def _ratio_sentence(fast: ArmCurves, slow: ArmCurves) -> str:
 
 
 def _hedge(ratio: StepsRatio) -> str:
-    """What the interval of a steps ratio allows to say."""
+    """What the resamples of a steps ratio allow to say."""
     if ratio.n == 1:
         return "one seed, so no interval"
     missed = f"; not reached in {ratio.not_reached:.0%} of the resamples" if ratio.not_reached else ""
-    seeds = f" ({ratio.n} seeds)"
-    if ratio.low is not None and ratio.low > 1:
-        return f"the interval lies above 1{seeds}{missed}"
-    if (ratio.high is not None and ratio.high < 1) or (ratio.high is None and ratio.bound <= 1):
-        return f"the interval lies below 1{seeds}{missed}"
-    return f"the interval does not exclude 1, so no difference in updates is shown{seeds}{missed}"
+    name = f"the {'range of the resamples' if ratio.few else '95 % interval'} over {ratio.n} seeds"
+    above = ratio.low is not None and ratio.low > 1
+    below = (ratio.high is not None and ratio.high < 1) or (ratio.high is None and ratio.bound <= 1)
+    if not (above or below):
+        return f"{name} does not exclude 1, so no difference in updates is shown{missed}"
+    chance = f"{chance_of_exclusion(ratio.n):.0%} of comparisons of equal arms"
+    weak = f"; with {ratio.n} seeds it leaves 1 out by chance in about {chance}" if ratio.few else ""
+    return f"{name} lies {'above' if above else 'below'} 1{weak}{missed}"
 
 
 def ratio_words(ratio: StepsRatio | None) -> str:
-    """A steps ratio with its interval; an end at which the loss is not reached is said in words."""
+    """A steps ratio with its interval or range; an end at which the loss is not reached is said in words."""
     if ratio is None:
         return DASH
     middle = f"not reached; < {ratio.bound:.2f}" if ratio.ratio is None else f"{ratio.ratio:.2f}"
@@ -151,7 +173,11 @@ def ratio_words(ratio: StepsRatio | None) -> str:
     return f"{middle} [{low}, {high}]"
 
 
-def _reserve(curves: StudyCurves) -> list[str]:
-    if len(curves.seeds) >= MANY_SEEDS:
+def _reserve(best: dict[str, ArmCurves]) -> list[str]:
+    """What the fewest finished seeds among the best arms forbid to say."""
+    fewest = min((final_loss(arm).n for arm in best.values()), default=MANY_SEEDS)
+    if fewest >= MANY_SEEDS:
         return []
-    return [f"With {_count(len(curves.seeds), 'seed')} an arm, small differences cannot be told from chance."]
+    return [
+        f"With {_count(fewest, 'finished seed')} of an arm, small differences cannot be told from chance."
+    ]

@@ -22,8 +22,6 @@ from recipes.study_results import (
 
 REFERENCES = Path(__file__).parent / "references"
 FORMAT = 1
-# Validations that are kept of a run; more would not be seen in a figure.
-MAX_POINTS = 40
 # Significant digits that are kept of a column; five decimals of a loss.
 DIGITS = {"train_loss": 6, "grad_norm": 4, "learning_rate": 5, "tokens_seen": 12}
 # Losses are kept to five decimals: a run that repeats another bit by bit must be inside.
@@ -32,7 +30,7 @@ ROUNDING = 1e-5
 
 @dataclass(frozen=True)
 class Band:
-    """A reference arm at the validations of a run, and how the run lies in it."""
+    """A reference arm at the updates at which it and a run were validated, and how the run lies in it."""
 
     label: str
     differences: list[str]
@@ -50,6 +48,8 @@ class Band:
     low: np.ndarray
     """Of its 95 % prediction interval for one new run, [validations]; nan with one seed."""
     high: np.ndarray
+    left_out: int = 0
+    """Validations of the run at updates at which not all runs of the arm were validated."""
 
     @property
     def inside(self) -> np.ndarray:
@@ -112,14 +112,13 @@ def _arm(arm: ArmCurves) -> dict[str, Any]:
 
 
 def _run(run: RunCurves) -> dict[str, Any]:
-    """Validations of a run, evenly thinned, the last always kept; columns of equal length."""
-    kept = np.unique(np.linspace(len(run.steps) - 1, 0, min(len(run.steps), MAX_POINTS)).astype(int))
-    columns = {name: _rounded(run.at_validations(name)[kept], digits) for name, digits in DIGITS.items()}
+    """Every validation of a run; columns of equal length."""
+    columns = {name: _rounded(run.at_validations(name), digits) for name, digits in DIGITS.items()}
     return {
         "seed": run.seed,
         "diagnosis": run.diagnosis,
-        "step": [int(step) for step in run.steps[kept]],
-        "validation_loss": [_or_null(round(loss, 5)) for loss in run.losses[kept]],
+        "step": [int(step) for step in run.steps],
+        "validation_loss": [_or_null(round(loss, 5)) for loss in run.losses],
         **columns,
     }
 
@@ -159,9 +158,10 @@ def read_reference(name_or_file: str | Path) -> dict[str, Any]:
 def compare_with_reference(reference: dict[str, Any], run: RunCurves) -> Verdict:
     """Say where a run lies among the runs of a reference.
 
-    Compared with the arm that has the run's own options, or with every arm where none has. At every
-    validation of the run within the reference's: inside or outside the 95 % prediction interval of one new
-    run. The reference's runs that diverged are left out of its bands.
+    Compared with the arm that has the run's own options, or with every arm where none has. At every update
+    at which both were validated: inside or outside the 95 % prediction interval of one new run. Between its
+    validations a reference says nothing: losses fall in curves, which lie below their chords. The
+    reference's runs that diverged are left out of its bands.
 
     Args:
         reference: From `read_reference`.
@@ -169,7 +169,7 @@ def compare_with_reference(reference: dict[str, Any], run: RunCurves) -> Verdict
 
     Raises:
         UserError: Corpus, tokenizer or validation masks differ, or the run has not been validated at an
-            update that the reference spans.
+            update at which the reference was.
     """
     check_comparable(reference, run.record, f"reference {reference['name']} and run {run.folder}")
     ours = settings(run.record)
@@ -178,8 +178,17 @@ def compare_with_reference(reference: dict[str, Any], run: RunCurves) -> Verdict
     bands = [_band(arm, run, reference["options"] | arm["options"]) for arm in own or reference["arms"]]
     bands = [band for band in bands if band is not None]
     if not bands:
-        raise UserError(f"run {run.folder}: no validation at an update that {reference['name']} spans")
+        raise UserError(
+            f"run {run.folder}: no validation at an update at which reference {reference['name']} was "
+            f"validated ({_updates(reference['arms'])}); give eval_steps that fit"
+        )
     return Verdict(run, reference, bands, matched=bool(own))
+
+
+def _updates(arms: list[dict[str, Any]]) -> str:
+    """The updates at which the runs of a reference were validated, in short."""
+    steps = sorted({step for arm in arms for run in arm["runs"] for step in run["step"]})
+    return ", ".join(map(str, steps if len(steps) < 5 else [*steps[:3], "...", steps[-1]]))
 
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any], names: Iterable[str]) -> list[str]:
@@ -192,24 +201,25 @@ def _differences(theirs: dict[str, Any], ours: dict[str, Any], names: Iterable[s
 
 
 def _band(arm: dict[str, Any], run: RunCurves, options: dict[str, Any]) -> Band | None:
-    """The band of an arm at the validations of a run; None where the two share no updates."""
+    """The band of an arm at the validations that it shares with a run; None where there are none."""
     runs = [one for one in arm["runs"] if one["diagnosis"] != "diverged"]
     diverged = len(arm["runs"]) - len(runs)
     differences = _differences(options, settings(run.record), options)
     if not runs:
         return Band(arm["label"], differences, 0, diverged, *[np.empty(0)] * 5)
-    first, last = max(one["step"][0] for one in runs), min(one["step"][-1] for one in runs)
-    kept = (run.steps >= first) & (run.steps <= last)
+    kept = np.isin(run.steps, list(set.intersection(*(set(one["step"]) for one in runs))))
     if not kept.any():
         return None
-    band = prediction_interval([_at(one, run.steps[kept]) for one in runs])
-    return Band(arm["label"], differences, len(runs), diverged, run.steps[kept], run.losses[kept], *band)
+    steps, losses = run.steps[kept], run.losses[kept]
+    band = prediction_interval([_at(one, steps) for one in runs])
+    left_out = int((~kept).sum())
+    return Band(arm["label"], differences, len(runs), diverged, steps, losses, *band, left_out=left_out)
 
 
 def _at(run: dict[str, Any], steps: np.ndarray) -> np.ndarray:
-    """Losses of a reference run at updates, linearly between validations; nan beside what was no number."""
-    losses = np.array([np.nan if loss is None else loss for loss in run["validation_loss"]])
-    return np.interp(steps, run["step"], losses)
+    """Losses of a reference run at updates at which it was validated; nan for what was no number."""
+    losses = dict(zip(run["step"], run["validation_loss"], strict=True))
+    return np.array([np.nan if losses[step] is None else losses[step] for step in steps])
 
 
 def _band_lines(band: Band) -> list[str]:
@@ -227,23 +237,27 @@ def _place_lines(band: Band) -> list[str]:
         return ["every seed of the reference diverged: there is no band"]
     loss = "no number" if np.isnan(band.losses[-1]) else f"{band.losses[-1]:.4f}"
     last = f"validation loss {loss} at update {int(band.steps[-1]):,}"
+    elsewhere = (
+        [f"left out: {band.left_out} at updates at which the reference was not"] if band.left_out else []
+    )
     if band.seeds == 1:
-        return [f"{last}, reference {band.mean[-1]:.4f}; it has one seed, so there is no band"]
+        return [*elsewhere, f"{last}, reference {band.mean[-1]:.4f}; it has one seed, so there is no band"]
     side = "inside" if band.inside[-1] else "outside"
     return [
         f"inside the 95 % prediction interval of one new run at {band.inside.sum()} of {len(band.steps)} "
         "validations",
+        *elsewhere,
         f"{last} is {side} [{band.low[-1]:.4f}, {band.high[-1]:.4f}], mean {band.mean[-1]:.4f}",
     ]
 
 
 def draw_verdict(verdict: Verdict, folder: Path) -> Path:
-    """Draw the run on the bands into FOLDER/against_NAME.png (and .svg); returns the PNG."""
+    """Draw the run on the bands into FOLDER/against_NAME_RUN.png (and .svg); returns the PNG."""
     folder.mkdir(parents=True, exist_ok=True)
-    run, name = verdict.run, verdict.reference["name"]
+    run, name = verdict.run, verdict.run.folder.resolve().name
     bands = {b.label: (b.steps, b.mean, b.low, b.high) for b in verdict.bands if b.seeds}
-    label = f"this run ({run.folder.resolve().name}, seed {run.seed})"
+    label = f"this run ({name}, seed {run.seed})"
     figure = draw_against_bands(
         (run.steps, run.losses), bands, verdict.reference["unigram_cross_entropy"], label
     )
-    return save_figure(figure, folder, f"against_{name}")[1]
+    return save_figure(figure, folder, f"against_{verdict.reference['name']}_{name}")[1]

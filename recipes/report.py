@@ -5,14 +5,33 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
-from recipes.comparison import Group, best_of_placements, final_loss, groups, steps_ratio
-from recipes.figures import draw_best, draw_learning_rates, draw_loss, draw_training, save_figure
+from recipes.comparison import (
+    MANY_SEEDS,
+    Group,
+    best_of_placements,
+    chance_of_exclusion,
+    final_loss,
+    groups,
+    steps_ratio,
+)
+from recipes.figures import (
+    best_arms,
+    draw_best,
+    draw_learning_rates,
+    draw_loss,
+    draw_training,
+    ended_arms,
+    save_figure,
+    trained_arms,
+    validated_arms,
+)
 from recipes.findings import DASH, estimate_words, ratio_words, short_answer
 from recipes.study_results import FINGERPRINTS, LEARNING_RATE, ArmCurves, RunCurves, StudyCurves, format_value
 
@@ -21,22 +40,24 @@ TEMPLATES = Path(__file__).parent / "templates"
 SVG_PROLOGUE = re.compile(r"^.*?(?=<svg)", re.DOTALL)
 SVG_ID = re.compile(r' id="([^"]*)"')
 
-STEPS_RATIO = """
+CHANCES = ", ".join(f"{chance_of_exclusion(n):.0%} with {n}" for n in range(2, MANY_SEEDS))
+STEPS_RATIO = f"""
 Steps ratio: the updates at which the slow arm reaches its own best validation loss (mean curve over seeds),
 divided by the updates at which the fast arm reaches that same loss, linearly between validations. More than
 1: the fast arm needs fewer updates. Where it never gets there, the ratio is less than the number given.
-Intervals: 95 % percentile bootstrap over seeds, paired, since the same seed means the same data in the same
-order.
+In brackets: 95 % percentile bootstrap over seeds, paired, since the same seed means the same data in the
+same order. With fewer than {MANY_SEEDS} seeds it is the range of all resamples, which is no 95 % interval:
+for equal arms it leaves out 1 by chance in about {CHANCES} seeds.
 """
 TRAPS = """
 Xiong et al. 2020 give 700k / 500k = 1.4 for BERT-base at validation loss 1.69. Their sentence as printed
-swaps the two names: it is Pre-LN that needs 500k updates and Post-LN that needs 700k.
+evidently swaps the two names: it is Pre-LN that needs 500k updates and Post-LN that needs 700k.
 
 With a handful of seeds a bootstrap interval is coarse and tends to be too narrow; with one seed there is
 none.
 
 The learning rate is not yet annealed where the fast arm passes the slow one's loss, whereas the slow arm
-has mostly finished its schedule: a run planned for fewer updates would get there earlier still.
+has mostly finished its schedule: a run planned for fewer updates would probably get there earlier still.
 
 The learning rate of each setting was chosen on the validation set on which it is reported. That flatters
 every setting, and most the one for which most learning rates were tried.
@@ -46,12 +67,14 @@ All losses are over the same masked tokens of the same validation text, whatever
 masks of training are functions of the seed and the position: arms with the same seed see the same batches
 where their batches have the same size, and seeds differ in weights, order, masks and dropout at once.
 """
-# Section, file, drawing, caption.
-FIGURES: tuple[tuple[str, str, Callable[[StudyCurves], Figure], str], ...] = (
+# Section, file, drawing, the arms that it draws, caption.
+Arms = Callable[[StudyCurves], list[ArmCurves]]
+FIGURES: tuple[tuple[str, str, Callable[[StudyCurves], Figure], Arms, str], ...] = (
     (
         "Validation loss against update",
         "validation_loss",
         draw_loss,
+        validated_arms,
         """Line: mean over the seeds that ended without diverging (over those that have begun, while none
         has ended). Band: smallest and largest. Thin lines: runs that the mean leaves out, because they
         diverged or have not ended. Dashed grey: unigram cross-entropy, the loss of a model that knows word
@@ -61,14 +84,17 @@ FIGURES: tuple[tuple[str, str, Callable[[StudyCurves], Figure], str], ...] = (
         "The best of each setting",
         "best_arms",
         draw_best,
+        best_arms,
         """For each placement and each setting of the other options, the learning rate with the lowest mean
-        final loss; the best of each placement in bold. Wall time is that of training, on the machine and
-        beside the load that each run met.""",
+        final loss; the best of each placement in bold. Band: smallest and largest seed. Tokens and wall time
+        are means over the seeds; wall time is that of training, on the machine and beside the load that each
+        run met.""",
     ),
     (
         "Final loss against learning rate",
         "learning_rates",
         draw_learning_rates,
+        ended_arms,
         """Mean and 95 % t-interval over seeds, where there are at least two; in the colours of the arms,
         moved sideways a little. An interval that would dwarf the differences between the means is cut off.
         A cross at the upper edge: a seed diverged.""",
@@ -77,6 +103,7 @@ FIGURES: tuple[tuple[str, str, Callable[[StudyCurves], Figure], str], ...] = (
         "Training loss, gradient norm and learning rate",
         "training",
         draw_training,
+        trained_arms,
         """Means over seeds, as above. Training loss is the mean since the previous line; the gradient norm
         is that of one update, before clipping.""",
     ),
@@ -195,9 +222,10 @@ def _curve_sections(curves: StudyCurves, folder: Path) -> tuple[list[Section], l
     if not any(len(run.steps) for run in curves.runs):
         return [Section("Curves", [Text("No run has been validated yet.")])], []
     sections, files = [], []
-    for title, name, draw, caption in FIGURES:
+    for title, name, draw, drawn, caption in FIGURES:
         files += save_figure(draw(curves), folder, name)
-        alt = f"{title}, of the arms {'; '.join(arm.label for arm in curves.arms)}"
+        labels = "; ".join(arm.label for arm in drawn(curves))
+        alt = f"{title}, of the arms {labels}" if labels else f"{title}: no arm yet"
         svg = inline_svg((folder / f"{name}.svg").read_text(encoding="utf-8"), alt)
         sections.append(Section(title, [Picture(name, alt, _one_line(caption), svg)]))
     return sections, files
@@ -211,35 +239,37 @@ def _final_table(curves: StudyCurves) -> Table:
     return Table(
         "Validation loss at the end, in nats a masked token: mean over the n seeds that ended without "
         "diverging, with its 95 % t-interval.",
-        ["arm", "mean", "95 % interval", "below unigram", "n", "diverged", "runs planned"],
+        ["arm", "mean", "95 % interval", "below unigram", "n", "diverged", "begun", "planned"],
         [_final_row(curves, arm) for arm in curves.arms],
-        numbers=(1, 2, 3, 4, 5, 6),
+        numbers=(1, 2, 3, 4, 5, 6, 7),
     )
 
 
 def _final_row(curves: StudyCurves, arm: ArmCurves) -> list[str]:
     final = final_loss(arm)
     mean = _number(final.mean)
-    below = f"{curves.unigram_cross_entropy - final.mean:.3f}" if final.n else DASH
+    below = _number(curves.unigram_cross_entropy - final.mean)
     interval = f"[{final.low:.4f}, {final.high:.4f}]" if final.n > 1 else DASH
-    return [arm.label, mean, interval, below, str(final.n), str(len(arm.diverged)), str(len(arm.runs))]
+    counts = [final.n, len(arm.diverged), len(arm.begun), len(arm.runs)]
+    return [arm.label, mean, interval, below, *map(str, counts)]
 
 
 def _rates_table(curves: StudyCurves) -> Table:
     return Table(
-        "Best learning rate of each setting: the lowest mean final loss where no seed diverged.",
+        "Best learning rate of each setting: the lowest mean final loss where no seed diverged, over the "
+        "seeds that all its learning rates have finished. Tried: those of which a run has ended.",
         ["setting", "tried", "best", "final loss", "note"],
         [_rates_row(group) for group in groups(curves)],
     )
 
 
 def _rates_row(group: Group) -> list[str]:
-    tried = ", ".join(f"{arm.options[LEARNING_RATE]:g}" for arm in group.arms)
+    tried = ", ".join(f"{arm.options[LEARNING_RATE]:g}" for arm in group.tried) or DASH
     best = group.best
     if best is None:
-        return [group.label, tried, DASH, DASH, "no arm has ended without a diverged seed"]
+        return [group.label, tried, DASH, DASH, group.note]
     rate = f"{best.options[LEARNING_RATE]:g}"
-    return [group.label, tried, rate, estimate_words(final_loss(best)), group.edge or ""]
+    return [group.label, tried, rate, estimate_words(final_loss(best)), group.note]
 
 
 def _ratio_section(curves: StudyCurves) -> Section:
@@ -251,7 +281,7 @@ def _ratio_section(curves: StudyCurves) -> Section:
     if len(found) > max(len(best), 1):
         tables.append(_group_ratios(found))
     if not tables:
-        tables.append(Text("There are not two settings with a finished arm: there is no ratio."))
+        tables.append(Text("There are not two settings with a best arm: there is no ratio."))
     traps = [_one_line(trap) for trap in TRAPS.split("\n\n")]
     return Section("Steps ratios", [Text(_one_line(STEPS_RATIO)), *tables, Points(traps)])
 
@@ -301,7 +331,9 @@ def _equal_section(curves: StudyCurves) -> Section:
     known = [
         (what, curves.fingerprints[key]) for key, what in FINGERPRINTS.items() if key in curves.fingerprints
     ]
+    corpora = dict.fromkeys(_corpus(run.record["options"]) for run in curves.runs if run.record)
     facts = [
+        ["text", "; ".join(corpora) or DASH],
         *([f"fingerprint of {what}", _words(value)] for what, value in known),
         ["unigram cross-entropy, nats", _number(curves.unigram_cross_entropy)],
         ["seeds", _words(curves.seeds)],
@@ -316,6 +348,23 @@ def _equal_section(curves: StudyCurves) -> Section:
             Table("Options that all runs share", ["option", "value"], options, folded=True),
         ],
     )
+
+
+def _corpus(options: dict[str, Any]) -> str:
+    """What the text of a run is called: the name of a dataset, or the end of a path."""
+    corpora = options.get("corpora")
+    if corpora:
+        return " and ".join(map(_corpus, corpora))
+    validation = options.get("validation_file")
+    name = " ".join(filter(None, [options.get("dataset_name"), options.get("dataset_config_name")]))
+    name = name or _end_of_path(options.get("train_file")) or "embedded corpus"
+    return f"{name}, validated on {_end_of_path(validation)}" if validation else name
+
+
+def _end_of_path(path: str | None) -> str:
+    """The last two names of a path; empty where there is none."""
+    names = [part for part in Path(path or "").parts if part not in ("/", "..", "~")]
+    return "/".join(names[-2:])
 
 
 def _circumstances(curves: StudyCurves) -> list[list[str]]:

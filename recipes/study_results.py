@@ -11,6 +11,7 @@ import numpy as np
 
 from bert_ln import BertLnConfig
 from recipes.arguments import MODEL_OPTIONS, DataArguments, PretrainingArguments, UserError
+from recipes.diagnosis import LOSSES
 from recipes.run_record import OPERATIONAL, Metrics
 from recipes.study import Study
 
@@ -104,6 +105,16 @@ class RunCurves:
         return self._notices[-1]["step"] if self.diagnosis else None
 
     @property
+    def ended_in_no_number(self) -> bool:
+        """Whether a loss or gradient that was no number is what `diagnosis_step` tells.
+
+        That is noticed at the next line only: it happened by then, not at that update.
+        """
+        step = self.diagnosis_step or 0
+        lines = [line for line in [*self.lines, self.results] if line and line["step"] <= step]
+        return self.diverged and any(line.get(name, 0.0) is None for line in lines for name in LOSSES)
+
+    @property
     def _notices(self) -> list[dict[str, Any]]:
         return [line for line in self.lines if "diagnosis" in line]
 
@@ -125,7 +136,8 @@ class RunCurves:
         stage = "finished" if self.finished else f"unfinished at update {self.last_step:,}"
         if self.diagnosis is None:
             return stage
-        trouble = f"{self.diagnosis} at update {self.diagnosis_step:,}"
+        when = "by" if self.ended_in_no_number else "at"
+        trouble = f"{self.diagnosis} {when} update {self.diagnosis_step:,}"
         # Divergence may be the end.
         return trouble if self.finished and self.diverged else f"{stage}, {trouble}"
 
@@ -144,6 +156,11 @@ class ArmCurves:
     def placement(self) -> str:
         """Where its norms sit."""
         return self.options[PLACEMENT]
+
+    @property
+    def begun(self) -> list[RunCurves]:
+        """Runs that have begun: what their troubles are counted out of."""
+        return [run for run in self.runs if run.record]
 
     @property
     def finished(self) -> list[RunCurves]:

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from recipes.comparison import (
+    MANY_SEEDS,
     best_of_placements,
+    chance_of_exclusion,
     eligible,
     final_loss,
     groups,
@@ -15,6 +17,7 @@ from recipes.comparison import (
     steps_ratio,
     steps_to_reach,
 )
+from recipes.intervals import resamples
 from recipes.study_results import read_runs, read_study_curves
 from tests.study_fixtures import make_study, write_run
 
@@ -85,9 +88,32 @@ def test_the_bootstrap_is_that_of_brute_force_over_pairs_of_seeds(arms):
         reached = steps_to_reach(steps, fast_mean, slow_mean.min())
         ratios.append(steps[slow_mean.argmin()] / reached)
     ratio = steps_ratio(fast, slow)
-    # 27 resamples: the first and the last stand for the 2.5 % at each end.
+    # Few seeds: the range of the resamples.
     assert (ratio.low, ratio.high) == pytest.approx((min(ratios), max(ratios)))
     assert ratio.low <= ratio.ratio <= ratio.high
+
+
+@pytest.mark.parametrize(("seeds", "tail"), [(5, 0), (6, 0.025)])
+def test_only_with_six_seeds_the_ends_are_percentiles(arms, seeds, tail):
+    # Fast takes 100 updates a nat; the slow arm's loss is 2 at update 300: ratio 300 / (100 (4 - 2 + x)).
+    shifts = np.linspace(-0.5, 0.5, seeds)
+    fast_losses = [[3 + x, 2 + x, 1 + x] for x in shifts]
+    fast, slow = arms({("pre", 1e-4): fast_losses, ("post", 1e-4): [[4, 3, 2]] * seeds}).arms
+    means = shifts[resamples(seeds)].mean(axis=1)
+    expected = 300 / (200 + 100 * np.quantile(means, [1 - tail, tail]))
+    ratio = steps_ratio(fast, slow)
+    assert ratio.few == (tail == 0)
+    assert (ratio.low, ratio.high) == pytest.approx(expected, rel=1e-2)
+    assert (ratio.high < 300 / 151) == (tail > 0)
+
+
+def test_the_chance_that_the_range_of_few_seeds_leaves_out_the_truth_is_as_simulated():
+    rng = np.random.default_rng(0)
+    for n in range(2, MANY_SEEDS):
+        draws = rng.normal(size=(2000, n))
+        means = draws[:, resamples(n)].mean(axis=2)  # [draws, resamples]; the truth is 0
+        excluded = ((means.min(axis=1) > 0) | (means.max(axis=1) < 0)).mean()
+        assert chance_of_exclusion(n) == pytest.approx(excluded, abs=0.04)
 
 
 def test_resamples_that_never_get_there_are_counted_and_censor_the_interval(arms):
@@ -146,6 +172,48 @@ def test_a_rate_at_which_a_seed_diverged_is_not_the_best(arms):
     post, pre = groups(curves)
     assert pre.edge is None
     assert post.edge.startswith("the lowest learning rate tried")
+
+
+@pytest.fixture
+def uneven(tmp_path):
+    """Makes groups from final losses by seed: {(placement, learning rate): {seed: loss}}."""
+
+    def make(table):
+        folders = [
+            write_run(tmp_path / f"{p}{r}{seed}", seed, [5, loss], norm_placement=p, learning_rate=r)
+            for (p, r), losses in table.items()
+            for seed, loss in losses.items()
+        ]
+        return read_runs(folders)
+
+    return make
+
+
+def test_the_best_rate_is_chosen_on_seeds_that_all_its_rates_have_finished(uneven):
+    # Seed 1 is hard. The lower rate is the better one on seed 0; its mean is the worse for seed 1.
+    curves = uneven({("pre", 1e-4): {0: 2.0, 1: 4.0}, ("pre", 3e-4): {0: 2.5}})
+    (group,) = groups(curves)
+    assert group.best is curves.arms[0]
+    assert best_of_placements(curves)["pre"] is curves.arms[0]
+    assert group.note.endswith("chosen on the seeds that all have finished: 0")
+
+
+def test_nothing_is_chosen_between_different_seeds(uneven):
+    curves = uneven({("pre", 1e-4): {0: 2.0}, ("pre", 3e-4): {1: 2.5}})
+    (group,) = groups(curves)
+    assert group.best is None
+    assert group.note == "its arms have no finished seed in common"
+    assert best_of_placements(curves) == {}
+
+
+def test_rates_without_a_finished_run_are_not_tried(tmp_path):
+    runs = [
+        write_run(tmp_path / f"{r}", 0, [5, r * 1e4], finished=r > 1e-4, learning_rate=r)
+        for r in (1e-4, 3e-4, 1e-3)
+    ]
+    (group,) = groups(read_runs(runs))
+    assert [arm.options["learning_rate"] for arm in group.tried] == [3e-4, 1e-3]
+    assert group.edge.startswith("the lowest learning rate tried")
 
 
 def test_groups_differ_in_more_than_the_learning_rate(tmp_path):

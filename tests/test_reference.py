@@ -46,17 +46,34 @@ def test_what_was_measured_is_kept(reference):
     assert second["grad_norm"][:2] == [1.6, 1.7]
 
 
-def test_a_large_study_is_a_small_file_that_ends_where_it_ended(tmp_path):
+def test_a_large_study_is_a_small_file(tmp_path):
+    rng = np.random.default_rng(0)
     runs = [
-        write_run(tmp_path / f"{p}{r}{s}", s, curve(4, 500), norm_placement=p, learning_rate=r)
+        write_run(
+            tmp_path / f"{p}{r}{w}{s}",
+            s,
+            rng.normal(4, 1, 16),
+            norm_placement=p,
+            learning_rate=r,
+            warmup_steps=w,
+        )
         for p in ("post", "pre")
         for r in (1e-4, 3e-4, 1e-3)
-        for s in range(5)
+        for w in (0, 100)
+        for s in range(3)
     ]
-    file = write_reference(read_runs(runs), tmp_path / "large.json")
-    assert file.stat().st_size < 60_000
-    steps = read_reference(file)["arms"][0]["runs"][0]["step"]
-    assert (steps[0], steps[-1]) == (100, 50_000)
+    assert write_reference(read_runs(runs), tmp_path / "large.json").stat().st_size < 60_000
+
+
+def test_every_run_of_a_long_reference_is_inside_its_own_band(tmp_path, run):
+    # Convex early on, where all that the seeds differ by is less than a chord lies above the curve.
+    early = 4 + 4 * np.exp(-np.arange(1, 201) / 4)
+    runs = [run(f"r{seed}", early + seed / 1000, seed=seed) for seed in range(3)]
+    reference = read_reference(write_reference(read_runs([r.folder for r in runs]), tmp_path / "r.json"))
+    for one in runs:
+        (band,) = compare_with_reference(reference, one).bands
+        assert len(band.steps) == 200
+        assert band.inside.all()
 
 
 def test_a_run_is_compared_with_the_arm_of_its_options(reference, run):
@@ -79,17 +96,24 @@ def test_a_run_that_ends_elsewhere_is_outside(reference, run):
     assert "no number at update 1,000 is outside" in verdict.lines[-1]
 
 
-def test_validations_between_those_of_the_reference_are_compared_too(tmp_path, run):
+def test_a_run_is_judged_only_at_updates_at_which_the_reference_was_validated(tmp_path, run):
     one = run("whole", [4.0, 3.0], seed=0)
     other = run("whole2", [4.2, 3.2], seed=1)
     reference = read_reference(write_reference(read_runs([one.folder, other.folder]), tmp_path / "r.json"))
-    lines = [{"step": step, "validation_loss": 3.5} for step in (50, 150, 250)]
     mine = run("mine", [3.5])
-    (mine.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (band,) = compare_with_reference(reference, read_run(mine.folder)).bands
-    # 50 and 250 are not spanned; at 150 the reference is half-way.
-    assert band.steps.tolist() == [150]
-    assert band.mean == pytest.approx([3.6])
+
+    def verdict(*steps):
+        lines = [json.dumps({"step": step, "validation_loss": 3.5}) for step in steps]
+        (mine.folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        return compare_with_reference(reference, read_run(mine.folder))
+
+    some = verdict(50, 100, 150, 200, 250)
+    assert some.bands[0].steps.tolist() == [100, 200]
+    assert some.bands[0].mean == pytest.approx([4.1, 3.1])
+    assert "  left out: 3 at updates at which the reference was not" in some.lines
+    assert not any("left out" in line for line in verdict(100, 200).lines)
+    with pytest.raises(UserError, match=r"no validation at an update .* \(100, 200\)"):
+        verdict(50, 150)
 
 
 def test_a_repeated_run_is_inside_despite_rounding(tmp_path, run):
@@ -151,6 +175,9 @@ def test_a_figure_shows_the_run_on_the_band(reference, run, tmp_path):
     svg = png.with_suffix(".svg").read_text()
     assert "this run (own, seed 9)" in svg
     assert verdict.bands[0].label in svg
+    other = compare_with_reference(reference, run("other", curve(3.15)))
+    assert draw_verdict(other, tmp_path / "figure").name == "against_made_up_other.png"
+    assert png.name == "against_made_up_own.png"
 
 
 def test_no_reference(tmp_path, run):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from recipes.figures import arm_styles
+from recipes.figures import arm_styles, draw_best
 from recipes.findings import short_answer
 from recipes.report import write_report
 from recipes.study_results import read_runs, read_study_curves
@@ -21,6 +21,14 @@ ARMS = {
     f"{placement}, learning_rate {rate:g}": {"norm_placement": placement, "learning_rate": rate}
     for placement in ("post", "pre")
     for rate in (1e-4, 3e-4, 1e-3)
+}
+BEST = ["post, learning_rate 0.0001", "pre, learning_rate 0.0003"]
+# What a figure must show of the arms: their labels, or what these are made of.
+DRAWN = {
+    "validation_loss": list(ARMS),
+    "best_arms": BEST,
+    "learning_rates": ["Post-LN", "Pre-LN", "0.0001", "0.0003", "0.001"],
+    "training": list(ARMS),
 }
 
 
@@ -59,6 +67,15 @@ def test_a_browser_shows_every_arm_and_has_no_complaint(report):
         FIGURES
     )
     assert "CONSOLE" not in result.stderr
+    for name, svg in zip(FIGURES, re.findall(r"<svg .*?</svg>", result.stdout, flags=re.DOTALL), strict=True):
+        assert_shows(svg, DRAWN[name])
+
+
+def assert_shows(svg, labels):
+    """Each is the beginning of a text of the drawing, which what stands in its attributes is not."""
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+    for label in labels:
+        assert any(text.startswith(label) for text in texts), label
 
 
 def test_a_browser_hears_of_a_broken_page(tmp_path):
@@ -111,12 +128,32 @@ def test_every_element_of_the_page_is_closed(report):
     assert balance.open == []
 
 
-@pytest.mark.parametrize("name", ["validation_loss", "training"])
-def test_every_arm_is_in_the_legend(report, name):
-    svg = (report / f"{name}.svg").read_text(encoding="utf-8")
-    texts = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
-    for label in ARMS:
-        assert any(text.startswith(label) for text in texts)
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_names_what_it_draws(report, name):
+    assert_shows((report / f"{name}.svg").read_text(encoding="utf-8"), DRAWN[name])
+
+
+def test_a_figure_is_described_by_the_arms_that_it_draws(report):
+    text = (report / "report.md").read_text(encoding="utf-8")
+    found = re.findall(r"!\[.*?, of the arms (.*)\]\((\w+)\.png\)", text)
+    described = {name: labels.split("; ") for labels, name in found}
+    there = list(ARMS)[:-1]  # the last arm has not begun
+    assert described == {
+        "validation_loss": there, "best_arms": BEST, "learning_rates": there, "training": there,
+    }  # fmt: skip
+
+
+def test_the_best_arms_have_a_band_against_updates_tokens_and_wall_time(tmp_path):
+    runs = [
+        write_run(tmp_path / f"{p}{s}", s, curve(4 + s / 10), norm_placement=p)
+        for p in ("post", "pre")
+        for s in range(2)
+    ]
+    figure = draw_best(read_runs(runs))
+    assert [len(axes.collections) for axes in figure.axes] == [2] * 6
+    tokens = figure.axes[1].collections[0].get_paths()[0].vertices
+    at_end = tokens[np.isclose(tokens[:, 0], 1000 * 1024 / 1e6)]
+    assert {*at_end[:, 1].round(6)} == {4.0, 4.1}
 
 
 def test_the_same_curves_give_the_same_files(report, tmp_path):
@@ -137,6 +174,7 @@ def test_markdown_has_the_figures_and_whole_tables(report):
     assert (
         "stayed near the loss of a model without context (plateau) in 2 of 2 runs, from update 1,000" in text
     )
+    assert "diverged in 2 of 2 runs, by update 300" in text
     assert "10 of 12 runs" not in text
     assert "9 of 12 runs have ended" in text
 
@@ -176,21 +214,77 @@ def test_any_state_of_a_study_is_reported(tmp_path, states):
 
 
 def test_the_answer_says_how_sure_it_is(tmp_path):
-    def answer(name, gap):
+    def answer(name, gap, seeds=3):
         runs = [
             write_run(
                 tmp_path / f"{name}{p}{s}", s, curve(4 + (p == "post") * gap + s / 10), norm_placement=p
             )
             for p in ("post", "pre")
-            for s in range(3)
+            for s in range(seeds)
         ]
         return " ".join(short_answer(read_runs(runs)))
 
-    assert "Pre-LN ends 1.0000 nats below Post-LN; the two intervals do not overlap" in answer("far", 1.0)
+    far = answer("far", 1.0)
+    assert "Pre-LN ends 1.0000 nats below Post-LN; the two intervals do not overlap" in far
+    assert (
+        "the range of the resamples over 3 seeds lies above 1; with 3 seeds it leaves 1 out by chance" in far
+    )
+    assert "95 %" not in far
+    assert "the 95 % interval over 6 seeds lies above 1" in answer("many", 1.0, seeds=6)
     near = answer("near", 0.0)
     assert "the two intervals overlap" in near
     assert "includes 0, so no difference is shown" in near
     assert "does not exclude 1" in near
+
+
+def test_what_has_not_begun_is_no_denominator(tmp_path):
+    study = make_study(tmp_path, dict(list(ARMS.items())[:2]), range(3))
+    first, second = study.arms
+    write_run(study.folder(first, 0), 0, np.full(4, 6.95), diagnosis="plateau", **first.options)
+    write_run(study.folder(first, 1), 1, [6.9], finished=False, **first.options)
+    write_run(study.folder(second, 0), 0, [8.0, None], diagnosis="diverged", **second.options)
+    curves = read_study_curves(study)
+    write_report(curves, tmp_path / "report")
+    answer = " ".join(short_answer(curves))
+    assert "(plateau) in 1 of 2 runs" in answer
+    assert "With 1 finished seed of an arm" in answer
+    svg = (tmp_path / "report/validation_loss.svg").read_text(encoding="utf-8")
+    assert "(1 of 1 diverged)" in svg
+
+
+def test_rates_that_have_not_ended_are_not_called_tried(tmp_path):
+    study = make_study(tmp_path, dict(list(ARMS.items())[:3]), [0])
+    for arm, finished in zip(study.arms, (True, False, True)):
+        write_run(study.folder(arm, 0), 0, curve(4), finished=finished, **arm.options)
+    write_report(read_study_curves(study), tmp_path / "report")
+    assert "| Post-LN | 0.0001, 0.001 | 0.0001 |" in (tmp_path / "report/report.md").read_text("utf-8")
+
+
+def test_the_difference_is_that_of_common_seeds(tmp_path):
+    # Post-LN has a hard seed more: its mean is higher, and it is better on the seed both have.
+    ends = {("post", 0): 3.9, ("post", 1): 5.0, ("pre", 0): 4.0}
+    runs = [write_run(tmp_path / f"{p}{s}", s, curve(end), norm_placement=p) for (p, s), end in ends.items()]
+    assert "Post-LN ends 0.1000 nats below Pre-LN; with one seed in common" in " ".join(
+        short_answer(read_runs(runs))
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({}, "embedded corpus"),
+        ({"train_file": "/home/somebody/data/corpus/"}, "data/corpus"),
+        ({"train_file": "../text", "validation_file": "/a/b/c.txt"}, "text, validated on b/c.txt"),
+        ({"dataset_name": "Salesforce/wikitext", "dataset_config_name": "v1"}, "Salesforce/wikitext v1"),
+        ({"corpora": [{"train_file": "/a/b/c"}, {"dataset_name": "d/e"}]}, "b/c and d/e"),
+    ],
+)
+def test_the_text_is_named_and_the_machine_is_not(tmp_path, options, name):
+    run = write_run(tmp_path / "run", 0, curve(4), **options)
+    _, markdown, *_ = write_report(read_runs([run]), tmp_path / "report")
+    text = markdown.read_text(encoding="utf-8")
+    assert f"| text | {name} |" in text
+    assert "somebody" not in text
 
 
 def test_an_arm_of_the_same_other_options_has_the_same_colour_and_another_line(report, tmp_path):

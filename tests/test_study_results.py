@@ -40,12 +40,21 @@ def test_every_state_of_a_run_is_told(tmp_path):
     write_run(study.folder(post, 3), 3, [6.9]).joinpath("run.json").write_text("{")
     statuses = [run.status for run in read_study_curves(study).arms[0].runs]
     assert statuses == [
-        "diverged at update 200",
+        "diverged by update 200",
         "finished, plateau at update 200",
         "unfinished at update 100",
         "not readable",
         "not started",
     ]
+
+
+def test_a_loss_that_rose_diverged_at_an_update_whatever_came_later(tmp_path):
+    folder = write_run(tmp_path / "run", 0, [6.0, 6.5, None], diagnosis="diverged")
+    file = folder / "run.json"
+    record = json.loads(file.read_text())
+    record["results"]["diagnosis_step"] = 200  # it rose before it was no number
+    file.write_text(json.dumps(record))
+    assert read_run(folder).status == "diverged at update 200"
 
 
 def test_a_plateau_that_was_left_is_no_plateau(tmp_path):
