@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from recipes.intervals import CONFIDENCE, mean_interval, resamples
-from recipes.study_results import LEARNING_RATE, PLACEMENT, ArmCurves, StudyCurves, format_value
+from recipes.study import format_value
+from recipes.study_results import LEARNING_RATE, PLACEMENT, ArmCurves, StudyCurves
 
 # With fewer seeds a percentile bootstrap is far from 95 %: the range of all resamples is given in its place.
 MANY_SEEDS = 6

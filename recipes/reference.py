@@ -11,12 +11,12 @@ import numpy as np
 from recipes.arguments import UserError, nearest
 from recipes.figures import draw_against_bands, save_figure
 from recipes.intervals import prediction_interval
+from recipes.study import format_value
 from recipes.study_results import (
     ArmCurves,
     RunCurves,
     StudyCurves,
     check_comparable,
-    format_value,
     settings,
 )
 

@@ -33,7 +33,8 @@ from recipes.figures import (
     validated_arms,
 )
 from recipes.findings import DASH, estimate_words, ratio_words, short_answer
-from recipes.study_results import FINGERPRINTS, LEARNING_RATE, ArmCurves, RunCurves, StudyCurves, format_value
+from recipes.study import format_value
+from recipes.study_results import FINGERPRINTS, LEARNING_RATE, ArmCurves, RunCurves, StudyCurves
 
 TEMPLATES = Path(__file__).parent / "templates"
 # What a web page does not need of an SVG file: the lines before its element, and names nothing refers to.

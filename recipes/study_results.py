@@ -13,7 +13,7 @@ from bert_ln import BertLnConfig
 from recipes.arguments import MODEL_OPTIONS, DataArguments, PretrainingArguments, UserError
 from recipes.diagnosis import LOSSES
 from recipes.run_record import OPERATIONAL, Metrics
-from recipes.study import Study
+from recipes.study import Study, arm_label
 
 TRAIN = ("step", "train_loss", "learning_rate", "grad_norm", "tokens_seen", "elapsed_seconds")
 # Where data comes from differs between machines; fingerprints say whether it is the same.
@@ -255,7 +255,7 @@ def read_runs(folders: list[Path]) -> StudyCurves:
     kinds = [settings(runs[0].record) for runs in groups.values()]
     varying = sorted(_differing(kinds), key=_by_importance)
     labels = [
-        _label({n: kind[n] for n in varying if n in kind}) or runs[0].folder.resolve().name
+        arm_label({n: kind[n] for n in varying if n in kind}) or runs[0].folder.resolve().name
         for kind, runs in zip(kinds, groups.values(), strict=True)
     ]
     arms = list(zip(labels, labels, groups.values(), kinds, strict=True))
@@ -364,19 +364,6 @@ def _batches(updates: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _by_importance(name: str) -> int:
     return [PLACEMENT, LEARNING_RATE].index(name) if name in (PLACEMENT, LEARNING_RATE) else 2
-
-
-def _label(options: dict[str, Any]) -> str:
-    words = (
-        value if isinstance(value, str) else f"{name} {format_value(value)}"
-        for name, value in options.items()
-    )
-    return ", ".join(words)
-
-
-def format_value(value: Any) -> str:
-    """The value of an option, for people."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _short(fingerprint: Any) -> str:
