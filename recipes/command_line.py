@@ -158,9 +158,14 @@ def _build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_options(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
-    """Let `parser` take the options of pre-training, as words that `read_options` makes values of."""
-    default_run = read_yaml(DEFAULT_CONFIG)
+def add_options(
+    parser: argparse._ActionsContainer, without: Collection[str] = (), config: Path = DEFAULT_CONFIG
+) -> None:
+    """Let `parser` take the options of pre-training, as words that `read_options` makes values of.
+
+    The defaults in the help are those of the default run under those of the YAML file `config`.
+    """
+    default_run = read_yaml(DEFAULT_CONFIG) | read_yaml(config)
     for name, option in _options().items():
         if name in without:
             continue

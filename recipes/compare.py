@@ -14,7 +14,8 @@ Runs against the shipped curves of a study, inside or outside their band:
 
     python recipes/compare.py --against compare_small output/mine
 
-The report is OUTPUT_DIR/report/index.html, and the same as report.md with its figures. Exit codes: 0 done (a
+The report is OUTPUT_DIR/report/index.html, and the same as report.md with its figures; --against draws one
+figure into RUN/report, or into OUTPUT_DIR where that is given. Exit codes: 0 done (a
 run that diverged is a result), 1 a run of the study failed, 2 a mistake in options, data or folders, 130
 interrupted.
 """
@@ -95,15 +96,16 @@ def _check_together(given: argparse.Namespace, options: dict[str, Any]) -> None:
     for name in ("seeds", "report_only"):
         if getattr(given, name) and not given.config:
             raise UserError(f"{name}: only together with --config")
+    if given.write_reference and given.write_reference.exists():
+        read_reference(given.write_reference)  # nothing but a reference is replaced
     if given.parallel_runs < 1:
         raise UserError(f"parallel_runs {given.parallel_runs}: must be at least 1")
 
 
 def compare(given: argparse.Namespace, options: dict[str, Any]) -> int:
     """Run the study if there is one, and report; returns the exit code."""
-    failed, command = [], ""
+    failed = []
     if given.config:
-        command = f"python recipes/compare.py --config {given.config}"
         study = read_study(given.config, options, given.seeds, given.output_dir)
         check_runs(study)
         if not given.report_only:
@@ -115,7 +117,8 @@ def compare(given: argparse.Namespace, options: dict[str, Any]) -> int:
         if file.suffix in (".html", ".md"):
             print(f"wrote {file}")
     if given.write_reference:
-        write_reference(curves, given.write_reference, command)
+        source = f"--config {given.config}" if given.config else " ".join(map(str, given.runs))
+        write_reference(curves, given.write_reference, f"python recipes/compare.py {source}")
         print(f"wrote {given.write_reference}")
     for line in failed:
         print(line, file=sys.stderr)

@@ -160,6 +160,8 @@ def _whole_range(curves: StudyCurves) -> tuple[float | None, float | None]:
     unigram = curves.unigram_cross_entropy
     if not len(losses) or not np.isfinite(unigram):
         return None, None
+    if losses.min() > unigram:  # nobody has got there yet: all of it is shown
+        return _range(np.append(losses, unigram))
     room = max(unigram - losses.min(), 0.2)  # where nothing is learnt yet, a fifth of a nat
     ends = [run.losses[-1] for run in curves.runs if len(run.losses) and not run.diverged]
     top = max([unigram, *(end for end in ends if end < unigram + room / 2)])

@@ -19,7 +19,7 @@ from recipes.study_results import LEARNING_RATE, ArmCurves, RunCurves, StudyCurv
 DASH = "–"
 DIAGNOSES = {
     "diverged": "diverged",
-    "plateau": "stayed near the loss of a model without context (plateau)",
+    "plateau": "did not get below the loss of a model without context (plateau)",
     "over-fitting": "over-fitted",
 }
 

@@ -165,5 +165,5 @@ def _build_parser() -> argparse.ArgumentParser:
         several = {"nargs": "+"} if name in LISTS else {}
         default = " ".join(map(str, defaults[name])) if name in LISTS else defaults[name]
         parser.add_argument(f"--{name}", metavar="VALUE", help=f"{help} [{default or 'none'}]", **several)
-    add_options(parser.add_argument_group("options of recipes/pretrain.py"))
+    add_options(parser.add_argument_group("options of recipes/pretrain.py"), config=PROBE_CONFIG)
     return parser

@@ -86,8 +86,10 @@ def write_reference(curves: StudyCurves, file: Path, command: str = "") -> Path:
         command: What makes the study again.
 
     Raises:
-        UserError: No run is finished.
+        UserError: No run is finished, or the file exists and is no reference.
     """
+    if file.exists():
+        read_reference(file)
     arms = [_arm(arm) for arm in curves.arms if arm.finished]
     if not arms:
         raise UserError(f"reference {file}: no run of {curves.name} is finished")
@@ -223,9 +225,10 @@ def _at(run: dict[str, Any], steps: np.ndarray) -> np.ndarray:
 
 
 def _band_lines(band: Band) -> list[str]:
+    seeds = band.seeds + band.diverged
     diverged = f", {band.diverged} diverged" if band.diverged else ""
     return [
-        f"arm {band.label}: {band.seeds + band.diverged} seeds{diverged}",
+        f"arm {band.label}: {seeds} seed{'s' * (seeds != 1)}{diverged}",
         *(f"  other option: {difference}" for difference in band.differences),
         *(f"  {line}" for line in _place_lines(band)),
     ]

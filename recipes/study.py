@@ -115,7 +115,11 @@ def _arms(config: Path, tables: Any) -> list[Arm]:
 def _combinations(table: dict[str, Any]) -> list[Arm]:
     """An arm for each combination of the values in the table's lists."""
     alternatives = [value if isinstance(value, list) else [value] for value in table.values()]
-    return [_arm(read_options(dict(zip(table, values, strict=True)))) for values in product(*alternatives)]
+    try:
+        tables = [read_options(dict(zip(table, values, strict=True))) for values in product(*alternatives)]
+    except UserError as error:
+        raise UserError(f"arms: {error}") from error
+    return [_arm(options) for options in tables]
 
 
 def _arm(options: dict[str, Any]) -> Arm:

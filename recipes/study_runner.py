@@ -100,8 +100,14 @@ def check_runs(study: Study) -> None:
             planned = describe_run(args, build_stages(args), args.num_processes or 1)
             if args.bf16 is None:  # decided by the machine on which the run began
                 del planned["options"]["bf16"]
-            if (folder / "run.json").exists():
+            if not (folder / "run.json").exists():
+                continue
+            try:
                 check_same_run(folder, planned)
+            except UserError as error:
+                raise UserError(
+                    f"{error}; or give the study another output_dir, or move this run away"
+                ) from error
 
 
 def _check_gpus(study: Study, parallel_runs: int) -> None:
@@ -129,7 +135,10 @@ def _run_all(runs: list[StudyRun], waiting: list[StudyRun], parallel_runs: int) 
     """Keep `parallel_runs` places busy; yields a line for each run that failed."""
     places: list[StudyRun | None] = [None] * parallel_runs
     total = sum(run.max_steps for run in runs)
-    with tqdm(total=total, initial=sum(run.updates() for run in runs), unit="update", smoothing=0) as bar:
+    # A log gets a line now and then, a terminal one that moves.
+    pace = {} if sys.stderr.isatty() else {"mininterval": 60, "maxinterval": 60}
+    begun = sum(run.updates() for run in runs)
+    with tqdm(total=total, initial=begun, unit="update", smoothing=0, **pace) as bar:
         while waiting or any(places):
             for place, run in enumerate(places):
                 if run and run.process.poll() is not None:

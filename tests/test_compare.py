@@ -100,6 +100,13 @@ def test_mistakes_are_named(words, message):
         compare.parse_command_line(words)
 
 
+def test_nothing_but_a_reference_is_overwritten_by_one(monkeypatch, two_runs, tmp_path, capsys):
+    (tmp_path / "thesis.md").write_text("precious")
+    assert run_compare(monkeypatch, *two_runs, "--write_reference", tmp_path / "thesis.md") == 2
+    assert "not a reference" in capsys.readouterr().err
+    assert (tmp_path / "thesis.md").read_text() == "precious"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

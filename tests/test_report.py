@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from recipes.figures import arm_styles, draw_best
+from recipes.figures import arm_styles, draw_best, draw_learning_rates, draw_loss
 from recipes.findings import short_answer
 from recipes.report import write_report
 from recipes.study_results import read_runs, read_study_curves
-from tests.study_fixtures import curve, make_study, write_run
+from tests.study_fixtures import UNIGRAM, curve, make_study, write_run
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FIGURES = ("validation_loss", "best_arms", "learning_rates", "training")
@@ -172,7 +172,8 @@ def test_markdown_has_the_figures_and_whole_tables(report):
     for table in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
         assert len({row.count("|") for row in table.splitlines()}) == 1
     assert (
-        "stayed near the loss of a model without context (plateau) in 2 of 2 runs, from update 1,000" in text
+        "did not get below the loss of a model without context (plateau) in 2 of 2 runs, from update 1,000"
+        in text
     )
     assert "diverged in 2 of 2 runs, by update 300" in text
     assert "10 of 12 runs" not in text
@@ -250,6 +251,15 @@ def test_what_has_not_begun_is_no_denominator(tmp_path):
     assert "With 1 finished seed of an arm" in answer
     svg = (tmp_path / "report/validation_loss.svg").read_text(encoding="utf-8")
     assert "(1 of 1 diverged)" in svg
+
+
+def test_losses_that_all_lie_above_the_unigram_cross_entropy_are_shown(tmp_path):
+    losses = curve(UNIGRAM + 1.5, start=10.0)
+    runs = [write_run(tmp_path / p, losses=losses, norm_placement=p) for p in ("post", "pre")]
+    curves = read_runs(runs)
+    for draw in (draw_loss, draw_best, draw_learning_rates):
+        for axes in draw(curves).axes:
+            assert axes.get_ylim()[0] < UNIGRAM + 1.5 < axes.get_ylim()[1]
 
 
 def test_rates_that_have_not_ended_are_not_called_tried(tmp_path):
