@@ -85,7 +85,7 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def run_study(args: GradientArguments) -> list[dict[str, Any]]:
+def measure_all(args: GradientArguments) -> list[dict[str, Any]]:
     """Make what is missing, and return all measurements: those of `Point` and of `Measurement`, flat.
 
     Raises:

@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 from recipes.arguments import UserError
 from recipes.gradient_arguments import parse_gradient_arguments
 from recipes.gradient_report import write_report
-from recipes.gradient_study import run_study
+from recipes.gradient_study import measure_all
 
 
 def main() -> int:
@@ -38,7 +38,7 @@ def main() -> int:
     transformers_logging.disable_progress_bar()  # a bar for each model that is loaded
     try:
         args = parse_gradient_arguments()
-        print(write_report(args, run_study(args)))
+        print(write_report(args, measure_all(args)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
