@@ -16,7 +16,7 @@ from recipes.study import read_study
 from recipes.study_runner import check_runs, run_study
 from tests.conftest import ROOT, TINY, metrics_of
 
-LONGER = {"max_steps": 60, "save_steps": 10, "eval_steps": 30}
+LONGER = {"max_steps": 150, "save_steps": 25, "eval_steps": 75}
 ARMS = [
     {"norm_placement": ["post", "pre"], "learning_rate": 1e-3},
     {"norm_placement": "post", "learning_rate": 1e30},
@@ -116,19 +116,19 @@ def test_an_interrupted_study_leaves_no_process_and_resumes(study, tmp_path):
     command += ["--output_dir", str(mine.output_dir), "--parallel_runs", "2"]
     started = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     folders = [mine.folder(arm, 1) for arm in mine.arms]
-    while not all(list(folder.glob("checkpoint-*")) for folder in folders):
+    while not (saved := [folder for folder in folders if list(folder.glob("checkpoint-*"))]):
         time.sleep(0.05)
         assert started.poll() is None
     os.kill(started.pid, signal.SIGTERM)
     _, errors = started.communicate(timeout=60)
     assert started.returncode == 130
     assert "the same command continues" in errors
-    seen = [len(metrics_of(folder)) for folder in folders]
-    assert not any("results" in json.loads((folder / "run.json").read_text()) for folder in folders)
+    seen = [len(metrics_of(folder)) for folder in saved]
+    assert not any("results" in json.loads((folder / "run.json").read_text()) for folder in saved)
     time.sleep(1)
-    assert seen == [len(metrics_of(folder)) for folder in folders]  # nobody trains on
+    assert seen == [len(metrics_of(folder)) for folder in saved]  # nobody trains on
     assert run_study(mine, parallel_runs=1) == []
-    assert all("Continuing from" in folder.with_suffix(".log").read_text() for folder in folders)
+    assert all("Continuing from" in folder.with_suffix(".log").read_text() for folder in saved)
     whole = study([mine.arms[0].options | {"warmup_steps": 0}], **LONGER)  # another name, the same run
     run_study(whole, parallel_runs=1)
     assert metrics_of(whole.folder(whole.arms[0], 1)) == metrics_of(folders[0])
