@@ -35,6 +35,10 @@ MODEL_OPTIONS = {
 }
 
 
+# What a value must satisfy, and the words that say so.
+Check = tuple[Callable[[Any], bool], str]
+
+
 class UserError(ValueError):
     """A mistake in what the user asked for: shown as one line, without a traceback, exit code 2."""
 
@@ -196,11 +200,12 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     return f"allowed: {', '.join(allowed)}" if len(allowed) < 20 else "see --help"
 
 
-def _at_least(low: float) -> tuple[Callable[[Any], bool], str]:
+def at_least(low: float) -> Check:
+    """The check of a finite number."""
     return lambda value: low <= value < math.inf, f"must be at least {low}"
 
 
-def _one_of(*allowed: str) -> tuple[Callable[[Any], bool], str]:
+def _one_of(*allowed: str) -> Check:
     return lambda value: value in allowed, f"allowed: {', '.join(allowed)}"
 
 
@@ -208,25 +213,25 @@ _SHARE = lambda value: 0 <= value <= 1, "must be between 0 and 1"
 _DECAY = lambda value: 0 <= value < 1, "must be at least 0 and less than 1"
 
 # What each option's value must satisfy, where it is not None; and how to say so.
-CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "vocab_size": _at_least(1),
-    "max_steps": _at_least(1),
-    "per_device_train_batch_size": _at_least(1),
-    "per_device_eval_batch_size": _at_least(1),
-    "gradient_accumulation_steps": _at_least(1),
-    "logging_steps": _at_least(1),
-    "eval_steps": _at_least(1),
-    "save_steps": _at_least(1),
-    "save_total_limit": _at_least(1),
-    "max_eval_samples": _at_least(1),
-    "num_processes": _at_least(1),
+CHECKS: dict[str, Check] = {
+    "vocab_size": at_least(1),
+    "max_steps": at_least(1),
+    "per_device_train_batch_size": at_least(1),
+    "per_device_eval_batch_size": at_least(1),
+    "gradient_accumulation_steps": at_least(1),
+    "logging_steps": at_least(1),
+    "eval_steps": at_least(1),
+    "save_steps": at_least(1),
+    "save_total_limit": at_least(1),
+    "max_eval_samples": at_least(1),
+    "num_processes": at_least(1),
     "seed": (lambda value: 0 <= value < 2**32, "must be at least 0 and less than 2**32"),
-    "warmup_steps": _at_least(0),
-    "learning_rate": _at_least(0),
-    "weight_decay": _at_least(0),
-    "adam_epsilon": _at_least(0),
-    "max_grad_norm": _at_least(0),
-    "dataloader_num_workers": _at_least(0),
+    "warmup_steps": at_least(0),
+    "learning_rate": at_least(0),
+    "weight_decay": at_least(0),
+    "adam_epsilon": at_least(0),
+    "max_grad_norm": at_least(0),
+    "dataloader_num_workers": at_least(0),
     "mlm_probability": (lambda value: 0 < value < 1, "must be more than 0 and less than 1"),
     "mask_replace_prob": _SHARE,
     "random_replace_prob": _SHARE,
@@ -241,8 +246,8 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "report_to": _one_of("none", "tensorboard", "trackio", "wandb"),
     "attn_implementation": _one_of("eager", "sdpa", "flex_attention"),
 }
-SCHEDULER_CHECKS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
-    "warmup_stable_decay": {"num_decay_steps": _at_least(1), "min_lr_ratio": _SHARE},
+SCHEDULER_CHECKS: dict[str, dict[str, Check]] = {
+    "warmup_stable_decay": {"num_decay_steps": at_least(1), "min_lr_ratio": _SHARE},
 }
 # A token store brings its text and its tokenizer.
 NOT_WITH_TOKEN_STORE = (
@@ -265,18 +270,19 @@ def check_arguments(args: PretrainingArguments) -> None:
         UserError: Names the option, its value and what is allowed.
     """
     for name, check in CHECKS.items():
-        _check(name, getattr(args, name), check)
+        check_value(name, getattr(args, name), check)
     for name, value in args.lr_scheduler_kwargs.items():
         allowed = SCHEDULER_CHECKS.get(args.lr_scheduler_type, {})
         if name not in allowed:
             hint = f"allowed for {args.lr_scheduler_type}: {', '.join(allowed) or 'nothing'}"
             raise UserError(f"lr_scheduler_kwargs.{name}: {hint}")
-        _check(f"lr_scheduler_kwargs.{name}", value, allowed[name])
+        check_value(f"lr_scheduler_kwargs.{name}", value, allowed[name])
     _check_together(args)
     model_config(args, vocab_size=args.vocab_size or BertLnConfig.vocab_size, pad_token_id=0)
 
 
-def _check(name: str, value: Any, check: tuple[Callable[[Any], bool], str]) -> None:
+def check_value(name: str, value: Any, check: Check) -> None:
+    """Raise UserError where a value that is not None does not satisfy its check."""
     holds, words = check
     try:
         allowed = value is None or holds(value)

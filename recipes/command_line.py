@@ -82,15 +82,23 @@ def read_options(values: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: An option that is unknown or has the wrong type.
     """
-    options = _options()
+    return convert(values, _options())
+
+
+def convert(values: dict[str, Any], options: "dict[str, Option]") -> dict[str, Any]:
+    """The same table with each value as the type of its option among `options`.
+
+    Raises:
+        UserError: As `read_options`.
+    """
     for name in values:
         if name not in options:
             raise UserError(f"{name}: unknown option; {nearest(str(name), options)}")
     return {name: _convert(name, options[name].annotation, value) for name, value in values.items()}
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The table of a YAML file.
+def read_yaml(path: Path, option: str = "config") -> dict[str, Any]:
+    """The table of a YAML file, which `option` named.
 
     Raises:
         UserError: There is no such file, or it holds no table.
@@ -98,30 +106,39 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"config {path}: no such file") from None
+        raise UserError(f"{option} {path}: no such file") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"config {path}: not readable as YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{option} {path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values or {}, dict):
-        raise UserError(f"config {path}: must be a table of option: value")
+        raise UserError(f"{option} {path}: must be a table of option: value")
     return values or {}
 
 
 @dataclass(frozen=True)
-class _Option:
+class Option:
+    """What an option may be, what it is if nothing is said, and its `--help`."""
+
     annotation: Any
     default: Any
     help: str
 
 
+def options_of(group: type) -> dict[str, Option]:
+    """The fields of a dataclass, inherited ones first, as options; each field's docstring is its help."""
+    hints, docstrings = get_type_hints(group), {}
+    for parent in reversed(group.__mro__[:-1]):
+        docstrings |= _field_docstrings(parent)
+    return {f.name: Option(hints[f.name], _default(f), docstrings[f.name]) for f in fields(group)}
+
+
 @cache
-def _options() -> dict[str, _Option]:
+def _options() -> dict[str, Option]:
     """Every option by name: the fields of the dataclasses above and those of `BertLnConfig`."""
     options = {}
     for group in (DataArguments, MaskingArguments, OptimizationArguments, RunArguments):
-        hints, docstrings = get_type_hints(group), _field_docstrings(group)
-        options |= {f.name: _Option(hints[f.name], _default(f), docstrings[f.name]) for f in fields(group)}
+        options |= options_of(group)
     for name, annotation in MODEL_OPTIONS.items():
-        options[name] = _Option(annotation, getattr(BertLnConfig, name), f"{name} of BertLnConfig.")
+        options[name] = Option(annotation, getattr(BertLnConfig, name), f"{name} of BertLnConfig.")
     return options
 
 
@@ -167,13 +184,16 @@ def add_options(
     """
     default_run = read_yaml(DEFAULT_CONFIG) | read_yaml(config)
     for name, option in _options().items():
-        if name in without:
-            continue
-        # A switch may stand alone (--bf16), and so may --resume_from_checkpoint.
-        alone = {"nargs": "?", "const": True} if bool in _members(option.annotation) else {}
-        default = default_run.get(name, option.default)
-        text = f"{option.help} [{default}]".replace("%", "%%")
-        parser.add_argument(f"--{name}", metavar="VALUE", help=text, default=argparse.SUPPRESS, **alone)
+        if name not in without:
+            add_option(parser, name, option, default_run.get(name, option.default))
+
+
+def add_option(parser: argparse._ActionsContainer, name: str, option: Option, default: Any) -> None:
+    """Let `parser` take one option; `default` is what the help says it is."""
+    # A switch may stand alone (--bf16), and so may --resume_from_checkpoint.
+    alone = {"nargs": "?", "const": True} if bool in _members(option.annotation) else {}
+    text = f"{option.help} [{default}]".replace("%", "%%")
+    parser.add_argument(f"--{name}", metavar="VALUE", help=text, default=argparse.SUPPRESS, **alone)
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:

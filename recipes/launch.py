@@ -14,7 +14,7 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import default_config_file
 
-from recipes.arguments import PretrainingArguments, UserError
+from recipes.arguments import UserError
 
 LAUNCHERS = (
     "accelerate",
@@ -55,15 +55,19 @@ def check_num_processes(obtained: int, asked: int | None) -> None:
             )
 
 
-def choose_precision(args: PretrainingArguments, device: torch.device) -> tuple[bool, str]:
+def choose_precision(bf16: bool | None, device: torch.device) -> tuple[bool, str]:
     """Whether to use bf16 autocast, and a line that says what and why.
+
+    Args:
+        bf16: What the user chose; None leaves it to the launcher and the hardware.
+        device: What computes.
 
     Raises:
         UserError: The launcher asks for fp16, which would need loss scaling.
     """
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if args.bf16 is not None:
-        bf16, why = args.bf16, "as you set"
+    if bf16 is not None:
+        why = "as you set"
     elif launcher not in ("no", "bf16"):
         raise UserError(f"mixed_precision {launcher}: allowed: no, bf16")
     elif launcher == "bf16":

@@ -100,7 +100,7 @@ class Run:
     def __post_init__(self) -> None:
         self.output_dir = Path(self.args.output_dir)
         self.metrics = Metrics(self.output_dir / "metrics.jsonl")
-        self.bf16, self.precision = choose_precision(self.args, self.accelerator.device)
+        self.bf16, self.precision = choose_precision(self.args.bf16, self.accelerator.device)
         self.args.bf16 = self.bf16
 
     def print(self, *lines: str) -> None:

@@ -1,0 +1,154 @@
+"""From options to results: read everything that can be wrong, then train what is missing, then report."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from glue_eval.arguments import GlueArguments, describe
+from glue_eval.data import Examples, fingerprint, load_task
+from glue_eval.encoding import encode_task
+from glue_eval.finetuning import Job
+from glue_eval.jobs import plan_workers, run_jobs, wait_for_others
+from glue_eval.models import Model, find_sources, inspect_model, load_tokenizer
+from glue_eval.report import result_line, screen, table_lines, write_report
+from glue_eval.results import Results, summarise
+from glue_eval.tasks import TASKS, Task
+from recipes.launch import check_num_processes, choose_precision
+
+
+@dataclass(frozen=True)
+class Data:
+    """A task's splits and what identifies them."""
+
+    task: Task
+    examples: dict[str, Examples]
+    fingerprint: str
+
+
+def evaluate(args: GlueArguments) -> list[str]:
+    """Fine-tune what was asked for and report; returns a line for each run that failed.
+
+    Raises:
+        UserError: A mistake in options, models, data or folders; before anything is trained.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bf16, precision = choose_precision(args.bf16, device)
+    results = Results(Path(args.output_dir))
+    results.check(settings := describe(args) | {"bf16": bf16, "data": {}})
+    sources = find_sources(args)
+    data = read_data(args)
+    settings["data"] = {name: each.fingerprint for name, each in data.items()}
+    results.check(settings)
+    models = [inspect_model(source, args.tasks[0], args.max_seq_length) for source in sources]
+    jobs = plan_jobs(args, models, data, bf16)
+    workers = plan_workers(jobs, args.parallel_runs)
+    check_num_processes(workers.world_size, None)
+    missing = [job for job in jobs if not results.has(job, args.save_model)]
+    if workers.rank == 0:
+        print(*screen(models, jobs, missing, precision, workers, args), "", sep="\n")
+        results.begin(settings)
+    failed = run_jobs(missing, workers, results, args.save_model, result_line)
+    if workers.rank == 0 and not failed:
+        wait_for_others(jobs, results, args.save_model)
+    if workers.rank == 0:
+        finish(args, results, jobs)
+    for line in failed:
+        print(line, file=sys.stderr)
+    return failed
+
+
+def read_data(args: GlueArguments) -> dict[str, Data]:
+    """The splits that are needed, read and checked."""
+    data = {}
+    for task in args.tasks:
+        splits = ["train", *task.validation] if task.metrics else []
+        splits += list(task.files) if args.submission else []
+        examples = load_task(task, args.data_dir, splits, args.allow_other_sizes)
+        labelled = {name: rows for name, rows in examples.items() if name not in task.files}
+        data[task.name] = Data(task, examples, fingerprint(labelled or examples))
+    return data
+
+
+def plan_jobs(args: GlueArguments, models: list[Model], data: dict[str, Data], bf16: bool) -> list[Job]:
+    """Every run that was asked for: model, task, setting, seed."""
+    jobs = []
+    for model in models:
+        folders = {name: _encode(args, model, each) for name, each in data.items()}
+        for task in (task for task in args.tasks if task.metrics):
+            common = {
+                "task": task,
+                "model": model,
+                "data": folders[task.name],
+                "train_examples": len(data[task.name].examples["train"].labels),
+                "bf16": bf16,
+                "load_best_model_at_end": args.load_best_model_at_end,
+                "predicted": _predicted(args, task, folders),
+            }
+            jobs += [
+                Job(setting=setting, seed=seed, **common)
+                for setting in args.settings()
+                for seed in range(1, args.seeds + 1)
+            ]
+    return jobs
+
+
+def _encode(args: GlueArguments, model: Model, data: Data) -> Path:
+    tokenizer = load_tokenizer(model.source)
+    # The splits that are there decide the contents of the folder, so they are part of what it is.
+    identity = fingerprint(data.examples) + "-".join(sorted(data.examples))
+    return encode_task(
+        data.examples, identity, tokenizer, model.max_length, model.token_types, args.cache_dir
+    )
+
+
+def _predicted(args: GlueArguments, task: Task, folders: dict[str, Path]) -> dict[str, Path]:
+    """Unlabelled splits that a run of this task predicts: its own, and for MNLI the diagnostic set's."""
+    if not args.submission:
+        return {}
+    names = [task.name, *(["ax"] if task.name == "mnli" and "ax" in folders else [])]
+    return {f"{name}/{split}": folders[name] for name in names for split in TASKS[name].files}
+
+
+def finish(args: GlueArguments, results: Results, jobs: list[Job]) -> None:
+    """Everything that follows from the finished runs: tables, figures, card, submission."""
+    entries = summarise(results.all())
+    asked = {(job.task.name, job.model.source.name, job.model.fingerprint) for job in jobs}
+    mine = [e for e in entries if (e["task"], e["model"]["name"], e["model"]["fingerprint"]) in asked]
+    print("", *table_lines(mine), sep="\n")
+    for file in write_report(entries, results.output_dir):
+        print(f"wrote {file}")
+    if args.update_model_card:
+        update_cards(mine)
+    if args.submission:
+        submit(Path(args.submission), results, jobs, args.allow_other_sizes)
+
+
+def update_cards(entries: list[dict]) -> None:
+    """Write each model's selected results into the card in its folder."""
+    from glue_eval.card import update_card
+
+    for path in dict.fromkeys(entry["model"]["path"] for entry in entries):
+        own = [entry for entry in entries if entry["model"]["path"] == path and entry["selected"]]
+        print(f"wrote {update_card(Path(path), own)}")
+
+
+def submit(folder: Path, results: Results, jobs: list[Job], other_sizes: bool) -> None:
+    """Write the server's files from the run with the best validation score of each task, and check them."""
+    from glue_eval.submission import check_submission, write_submission
+
+    for task in dict.fromkeys(job.task.name for job in jobs):
+        best = max((job for job in jobs if job.task.name == task), key=lambda job: _score(results, job))
+        found = results.predictions(best)
+        for name in dict.fromkeys(key.partition("/")[0] for key in found):
+            splits = {split: found[f"{name}/{split}"] for split in TASKS[name].files}
+            idx = {split: found[f"{name}/{split}/idx"] for split in TASKS[name].files}
+            for file in write_submission(folder, TASKS[name], splits, idx):
+                print(f"wrote {file} (of seed {best.seed}, the best on the validation split)")
+    print(*check_submission(folder, other_sizes), sep="\n")
+
+
+def _score(results: Results, job: Job) -> float:
+    score = results.read(results.file(job))["score"]
+    return float("-inf") if score is None else score

@@ -1,0 +1,222 @@
+"""A folder of results: one file a run, finished or absent, and what follows from all of them."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from glue_eval.finetuning import FORMAT, Job, Outcome
+from glue_eval.models import load_tokenizer
+from glue_eval.tasks import TASKS
+from recipes.arguments import UserError
+from recipes.checkpointing import write_model
+from recipes.files import cached_folder, write_json
+from recipes.intervals import mean_interval
+
+SETTINGS = "settings.json"
+RUNS = "runs"
+
+
+class Results:
+    """What there is in an output folder."""
+
+    def __init__(self, output_dir: Path) -> None:
+        self.output_dir = output_dir
+
+    def check(self, settings: dict[str, Any], option: str = "output_dir") -> None:
+        """Refuse a folder of other settings or of other things.
+
+        Args:
+            settings: What decides the figures; tasks that are new to the folder are no difference.
+            option: What the folder is called in messages.
+
+        Raises:
+            UserError: Names the difference.
+        """
+        file, where = self.output_dir / SETTINGS, f"{option} {self.output_dir}"
+        if not file.exists():
+            if self.output_dir.exists() and (not self.output_dir.is_dir() or any(self.output_dir.iterdir())):
+                raise UserError(f"{where}: holds files but no GLUE results; choose an empty or a new folder")
+            return
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            different = _differences(settings, found)
+        except (ValueError, AttributeError, TypeError):
+            raise UserError(f"{where}: its {SETTINGS} is not readable; choose another folder") from None
+        if different:
+            raise UserError(f"{where}: holds results of other settings ({different}); choose another folder")
+
+    def begin(self, settings: dict[str, Any]) -> None:
+        """Write down what the folder's figures rest on; nothing where it is there already."""
+        file = self.output_dir / SETTINGS
+        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        merged = found | settings | {"data": found.get("data", {}) | settings["data"]}
+        if merged != found:
+            try:
+                self.output_dir.mkdir(parents=True, exist_ok=True)
+                write_json(file, merged)
+            except OSError as error:
+                raise UserError(
+                    f"output_dir {self.output_dir}: cannot be written ({error.strerror})"
+                ) from error
+
+    def file(self, job: Job) -> Path:
+        """The file of a run."""
+        model = job.model
+        name = f"{Path(model.source.path).name}-{model.fingerprint[:8]}"
+        name += "-scratch" if model.source.from_scratch else ""
+        return self.output_dir / RUNS / name / job.task.name / job.setting.name / f"seed-{job.seed}.json"
+
+    def has(self, job: Job, save_model: bool = False) -> bool:
+        """Whether nothing of a run is missing: its result; predictions and model where they are wanted."""
+        file = self.file(job)
+        predicted = not job.predicted or set(job.predicted) <= set(self.predictions(job))
+        return file.exists() and predicted and (not save_model or self.model_folder(job).exists())
+
+    def model_folder(self, job: Job) -> Path:
+        """Where the fine-tuned model of a run lies."""
+        return self.file(job).with_name(f"seed-{job.seed}-model")
+
+    def predictions(self, job: Job) -> dict[str, np.ndarray]:
+        """Predictions that a run has left, by TASK/SPLIT; empty where there are none."""
+        file = _predictions_file(self.file(job))
+        if not file.exists():
+            return {}
+        with np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+
+    def write(self, job: Job, outcome: Outcome, save_model: bool = False) -> dict[str, Any]:
+        """Keep what a run left, its result last; a result that is there already stays. Returns the result."""
+        file = self.file(job)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if outcome.predictions:
+            aside = file.with_name(f".{file.stem}-{os.getpid()}.npz")
+            np.savez(aside, **(self.predictions(job) | outcome.predictions))
+            os.replace(aside, _predictions_file(file))
+        if save_model:
+            tokenizer = load_tokenizer(job.model.source)
+            cached_folder(
+                self.model_folder(job), lambda folder: write_model(folder, outcome.model, tokenizer)
+            )
+        if not file.exists():
+            write_json(file, _with_null(outcome.result))
+        return self.read(file)
+
+    def read(self, file: Path) -> dict[str, Any]:
+        """A result file.
+
+        Raises:
+            UserError: It is damaged.
+        """
+        try:
+            result = json.loads(file.read_text(encoding="utf-8"))
+            if result["format"] != FORMAT:
+                raise ValueError(f"format {result['format']}")
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"output_dir {self.output_dir}: {file} is damaged ({error}); "
+                "move it away, and its run is done again"
+            ) from error
+        return result
+
+    def all(self) -> list[dict[str, Any]]:
+        """Every result in the folder, in a fixed order."""
+        files = sorted(self.output_dir.glob(f"{RUNS}/*/*/*/seed-*.json"))
+        return [self.read(file) for file in files]
+
+
+def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Runs that differ in their seed only, together: mean, deviation and 95 % interval of every metric.
+
+    Of the settings of a model and task the one with the best mean score is `selected`, among those that
+    have the most seeds.
+
+    Returns:
+        Entries of results.json, by task in the order of the table, then by run, step and name.
+    """
+    together: dict[tuple, list[dict[str, Any]]] = {}
+    for result in results:
+        key = (result["task"], result["model"]["fingerprint"], result["model"]["name"])
+        together.setdefault((*key, json.dumps(result["setting"])), []).append(result)
+    entries = [_entry(sorted(runs, key=lambda run: run["seed"])) for runs in together.values()]
+    tried: dict[tuple, list[dict[str, Any]]] = {}
+    for entry in entries:
+        key = (entry["task"], entry["model"]["fingerprint"], entry["model"]["name"])
+        tried.setdefault(key, []).append(entry)
+    for group in tried.values():
+        best = max(group, key=lambda entry: (entry["n"], _or_lowest(entry["mean"]["score"])))
+        for entry in group:
+            entry |= {"settings_tried": len(group), "selected": entry is best}
+    order = list(TASKS)
+    return sorted(entries, key=lambda e: (order.index(e["task"]), *_place(e["model"]), str(e["setting"])))
+
+
+def _place(model: dict[str, Any]) -> tuple:
+    """Runs of pre-training together, in the order of their steps; baselines last."""
+    return model["from_scratch"], model["run"] or "", model["step"] or 0, model["name"]
+
+
+def _entry(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    first = runs[0]
+    metrics = (*TASKS[first["task"]].metrics, "score", "validation_loss")
+    entry = {name: first[name] for name in ("task", "model", "setting")}
+    kept = ("seed", "epoch", *metrics, "degenerate", "diverged")
+    entry |= {"seeds": [{name: run[name] for name in kept} for run in runs], "n": len(runs)}
+    entry |= {"mean": {}, "std": {}, "interval": {}}
+    for name in metrics:
+        # A score that is not defined in one run is not defined for all of them.
+        values = np.array([math.nan if run[name] is None else run[name] for run in runs])
+        mean, low, high = map(float, mean_interval(values))
+        entry["mean"][name] = mean
+        entry["std"][name] = float(values.std(ddof=1)) if len(runs) > 1 else math.nan
+        entry["interval"][name] = [low, high]
+    entry |= {name: sum(run[name] for run in runs) for name in ("degenerate", "diverged")}
+    return _with_null(entry)
+
+
+def _or_lowest(value: float | None) -> float:
+    return -math.inf if value is None else value
+
+
+def _predictions_file(file: Path) -> Path:
+    return file.with_name(f"{file.stem}-predictions.npz")
+
+
+def _with_null(value: Any) -> Any:
+    """JSON has no NaN: what is not defined is null."""
+    if isinstance(value, dict):
+        return {name: _with_null(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_with_null(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _differences(ours: dict[str, Any], found: dict[str, Any]) -> str:
+    """What is not the same, in words; empty where all is."""
+    words = [
+        f"{name} is {json.dumps(value)}, was {json.dumps(found.get(name))}"
+        for name, value in ours.items()
+        if name not in ("data", "settings") and value != found.get(name)
+    ]
+    words += _setting_differences(ours["settings"], found.get("settings", []))
+    words += [
+        f"the data of {task} are others"
+        for task, fingerprint in ours["data"].items()
+        if found.get("data", {}).get(task, fingerprint) != fingerprint
+    ]
+    return "; ".join(words)
+
+
+def _setting_differences(ours: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[str]:
+    if ours == found:
+        return []
+    if len(ours) == len(found) == 1:
+        return [
+            f"{name} is {value}, was {found[0].get(name)}"
+            for name, value in ours[0].items()
+            if value != found[0].get(name)
+        ]
+    return [f"grid of {len(ours)} settings, was another of {len(found)}"]
