@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from glue_eval.encoding import load_split
 from glue_eval.tasks import TASKS
+from recipes.figures import COLORS, LINES, save_figure
 from recipes.files import write_json
+from recipes.glue_results import MEASURES, Track, draw_tracks, trajectories
 
 if TYPE_CHECKING:
     from glue_eval.arguments import GlueArguments
@@ -132,30 +134,14 @@ def write_report(entries: list[dict[str, Any]], output_dir: Path) -> list[Path]:
     if file.exists() and json.loads(file.read_text(encoding="utf-8")).get("results") == content["results"]:
         return []
     tracks = trajectories(entries)
-    figures = draw_trajectories(tracks, entries, output_dir) if tracks else []
+    figures = _draw(tracks, entries, output_dir) if tracks else []
     write_json(file, content)
     text = output_dir / "results.md"
     text.write_text("\n".join(_markdown(entries, tracks)) + "\n", encoding="utf-8")
     return [file, text, *figures]
 
 
-Track = list[dict[str, Any]]
-
-
-def trajectories(entries: list[dict[str, Any]]) -> dict[tuple[str, str], Track]:
-    """The selected results of the checkpoints of each run in the order of steps, by (task, run).
-
-    Only where a run has at least two checkpoints.
-    """
-    tracks: dict[tuple[str, str], Track] = {}
-    for entry in entries:
-        model = entry["model"]
-        if entry["selected"] and model["run"] and model["step"] is not None and not model["from_scratch"]:
-            tracks.setdefault((entry["task"], model["run"]), []).append(entry)
-    return {key: track for key, track in tracks.items() if len(track) > 1}
-
-
-def _markdown(entries: list[dict[str, Any]], tracks: dict[tuple[str, str], Track]) -> Iterator[str]:
+def _markdown(entries: list[dict[str, Any]], tracks: list[Track]) -> Iterator[str]:
     yield from ("# GLUE", "", " ".join(EXPLANATION.split()), "")
     selected = [entry for entry in entries if entry["selected"]]
     tasks = [name for name in TASKS if any(entry["task"] == name for entry in selected)]
@@ -206,83 +192,28 @@ def _table(header: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
         yield f"| {' | '.join(row)} |"
 
 
-def trajectory_lines(tracks: dict[tuple[str, str], Track]) -> Iterator[str]:
+def trajectory_lines(tracks: list[Track]) -> Iterator[str]:
     """Whether the last checkpoint of a run scores above the first."""
-    for (task, run), track in tracks.items():
-        first, last = track[0], track[-1]
-        ends = [entry["interval"]["score"] for entry in (first, last)]
-        words = "one seed: no interval"
-        if None not in (ends[0][1], ends[1][0]):
-            above, below = ends[1][0] > ends[0][1], ends[1][1] < ends[0][0]
-            words = "above" if above else "BELOW" if below else "the intervals overlap"
+    for track in tracks:
+        first, last = (estimate(entry, "score") for entry in (track.entries[0], track.entries[-1]))
         yield (
-            f"{task}, {run}: score {estimate(first, 'score')} after {first['model']['step']:,} updates, "
-            f"{estimate(last, 'score')} after {last['model']['step']:,}: {words}"
+            f"{track.task}, {track.run}: score {first} after {track.steps[0]:,} updates, {last} after "
+            f"{track.steps[-1]:,}: {track.verdict}"
         )
 
 
-def draw_trajectories(
-    tracks: dict[tuple[str, str], Track], entries: list[dict[str, Any]], folder: Path
-) -> list[Path]:
-    """Score and validation loss against pre-training step, a row a task, a line a run; returns the files."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    from recipes.figures import COLORS, DRAWING, GREY, LINES, WIDTH, save_figure
-
-    tasks, runs = list(dict.fromkeys(t for t, _ in tracks)), list(dict.fromkeys(r for _, r in tracks))
-    with rc_context(DRAWING):
-        figure = Figure(figsize=(WIDTH, 0.5 + 2.8 * len(tasks)), layout="constrained")
-        rows = figure.subplots(len(tasks), 2, squeeze=False, sharex=True)
-        for row, task in zip(rows, tasks, strict=True):
-            for axes, metric in zip(row, ("score", "validation_loss"), strict=True):
-                for i, run in enumerate(runs):
-                    track = tracks.get((task, run), [])
-                    style = {"color": COLORS[i % len(COLORS)], "linestyle": LINES[i % len(LINES)]}
-                    _draw_track(axes, track, metric, style, _run_label(run, track))
-                for baseline in _baselines(entries, task, metric):
-                    axes.axhline(baseline, color=GREY, linewidth=0.9, linestyle=":", label="from scratch")
-                axes.set(title=f"{task}: {_axis(task, metric)}", ylabel=_axis(task, metric))
-        for axes in rows[-1]:
-            axes.set_xlabel("update of pre-training")
-        handles, labels = rows[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-    return save_figure(figure, folder, "trajectory")
-
-
-def _draw_track(axes: Any, track: Track, metric: str, style: dict[str, Any], label: str) -> None:
-    """Mean with its 95 % interval as bars, and each run as a point."""
-    steps = [entry["model"]["step"] for entry in track]
-    means = [_or_nan(entry["mean"][metric]) for entry in track]
-    lows, highs = zip(*(map(_or_nan, entry["interval"][metric]) for entry in track), strict=True)
-    axes.plot(steps, means, marker="o", markersize=4, label=label, **style)
-    axes.fill_between(steps, lows, highs, color=style["color"], alpha=0.15, linewidth=0)
-    points = [(e["model"]["step"], _or_nan(seed[metric])) for e in track for seed in e["seeds"]]
-    axes.scatter(*zip(*points, strict=True), s=6, color=style["color"], alpha=0.5, linewidths=0)
-
-
-def _or_nan(value: float | None) -> float:
-    return float("nan") if value is None else value
-
-
-def _run_label(run: str, track: Track) -> str:
-    placement = next((entry["model"]["norm_placement"] for entry in track), None)
-    return f"{Path(run).name} ({placement})" if placement else Path(run).name
-
-
-def _baselines(entries: list[dict[str, Any]], task: str, metric: str) -> list[float]:
-    return [
-        entry["mean"][metric]
+def _draw(tracks: list[Track], entries: list[dict[str, Any]], folder: Path) -> list[Path]:
+    """Score and validation loss against pre-training step; returns the files."""
+    runs = {track.run: track.norm_placement for track in tracks}
+    styles = {
+        run: {"color": COLORS[i % len(COLORS)], "linestyle": LINES[i % len(LINES)], "marker": "o"}
+        for i, run in enumerate(runs)
+    }
+    labels = {run: f"{run} ({placement})" if placement else run for run, placement in runs.items()}
+    baselines = {
+        (entry["task"], measure): entry["mean"][measure]
         for entry in entries
-        if entry["task"] == task
-        and entry["selected"]
-        and entry["model"]["from_scratch"]
-        and entry["mean"][metric] is not None
-    ][:1]
-
-
-def _axis(task: str, metric: str) -> str:
-    if metric == "validation_loss":
-        return "validation loss"
-    names = [SHORT[name] for name in TASKS[task].metrics]
-    return names[0] if len(names) == 1 else f"mean of {' and '.join(names)}"
+        for measure in MEASURES
+        if entry["selected"] and entry["model"]["from_scratch"]
+    }
+    return save_figure(draw_tracks(tracks, styles, labels, baselines), folder, "trajectory")

@@ -10,6 +10,10 @@ Runs that are there already; those that differ in their seed only are one arm:
 
     python recipes/compare.py output/pretrain output/post
 
+With the scores of their checkpoints, fine-tuned by `glue_eval/run.py --run_dir output/pretrain,output/post`:
+
+    python recipes/compare.py output/pretrain output/post --glue_results output/glue/results.json
+
 Runs against the shipped curves of a study, inside or outside their band:
 
     python recipes/compare.py --against compare_small output/mine
@@ -27,6 +31,7 @@ from typing import Any
 
 from recipes.arguments import UserError
 from recipes.command_line import Parser, add_options, option_names, refuse_unknown
+from recipes.glue_results import read_tracks
 from recipes.reference import compare_with_reference, draw_verdict, read_reference, write_reference
 from recipes.report import write_report
 from recipes.study import SET_BY_STUDY, read_study
@@ -81,6 +86,9 @@ def _add_own(parser: Parser) -> None:
     parser.add_argument("--parallel_runs", type=int, default=1, help="runs of the study at a time [1]")
     parser.add_argument("--report_only", action="store_true", help="train nothing; report what there is")
     parser.add_argument("--against", metavar="REFERENCE", help="name or file of reference curves")
+    parser.add_argument(
+        "--glue_results", type=Path, metavar="FILE", help="results.json of glue_eval/run.py, joins the report"
+    )
     parser.add_argument("--write_reference", type=Path, metavar="FILE", help="keep the curves as a reference")
 
 
@@ -91,6 +99,8 @@ def _check_together(given: argparse.Namespace, options: dict[str, Any]) -> None:
         raise UserError(f"{next(iter(options))}: only together with --config: finished runs are not changed")
     if given.against and not given.runs:
         raise UserError(f"against {given.against}: needs the folders of the runs to compare with it")
+    if given.against and given.glue_results:
+        raise UserError("glue_results: not together with against; give one")
     if given.against and given.write_reference:
         raise UserError("write_reference: not together with against; give one")
     for name in ("seeds", "report_only"):
@@ -113,7 +123,10 @@ def compare(given: argparse.Namespace, options: dict[str, Any]) -> int:
         output_dir, curves = study.output_dir, read_study_curves(study)
     else:
         output_dir, curves = given.output_dir or Path("output/comparison"), read_runs(given.runs)
-    for file in write_report(curves, output_dir / "report"):
+    tracks = (
+        read_tracks(given.glue_results, [run.folder for run in curves.runs]) if given.glue_results else []
+    )
+    for file in write_report(curves, output_dir / "report", tracks):
         if file.suffix in (".html", ".md"):
             print(f"wrote {file}")
     if given.write_reference:

@@ -1,7 +1,7 @@
 """The report of a comparison: one content, as a web page that needs nothing else and as Markdown."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
@@ -22,6 +22,7 @@ from recipes.comparison import (
     steps_ratio,
 )
 from recipes.figures import (
+    arm_styles,
     best_arms,
     draw_best,
     draw_learning_rates,
@@ -33,6 +34,7 @@ from recipes.figures import (
     validated_arms,
 )
 from recipes.findings import DASH, estimate_words, ratio_words, short_answer
+from recipes.glue_results import Track, draw_tracks
 from recipes.study import format_value
 from recipes.study_results import FINGERPRINTS, LEARNING_RATE, ArmCurves, RunCurves, StudyCurves
 
@@ -67,6 +69,10 @@ EQUAL = """
 All losses are over the same masked tokens of the same validation text, whatever the seed. Data order and
 masks of training are functions of the seed and the position: arms with the same seed see the same batches
 where their batches have the same size, and seeds differ in weights, order, masks and dropout at once.
+"""
+GLUE = """
+Each checkpoint of a run, fine-tuned. Line: mean over the seeds of fine-tuning; band: its 95 % t-interval;
+points: seeds. Seeds of pre-training are lines of their own: the band does not hold their spread.
 """
 # Section, file, drawing, the arms that it draws, caption.
 Arms = Callable[[StudyCurves], list[ArmCurves]]
@@ -164,7 +170,7 @@ class Section:
     blocks: list[Text | Points | Table | Picture]
 
 
-def write_report(curves: StudyCurves, folder: Path) -> list[Path]:
+def write_report(curves: StudyCurves, folder: Path, tracks: Sequence[Track] = ()) -> list[Path]:
     """Write index.html, report.md and the figures as SVG and PNG.
 
     Runs may be missing, unfinished or diverged; the report says so.
@@ -172,12 +178,16 @@ def write_report(curves: StudyCurves, folder: Path) -> list[Path]:
     Args:
         curves: What there is.
         folder: Made if need be; files of an earlier report are replaced.
+        tracks: Fine-tuned scores of the runs' checkpoints, where there are any.
 
     Returns:
         The files, index.html first.
     """
     folder.mkdir(parents=True, exist_ok=True)
     figures, files = _curve_sections(curves, folder)
+    if tracks:
+        glue, drawn = _glue_section(curves, tracks, folder)
+        figures, files = [*figures, glue], files + drawn
     sections = [
         Section("The short answer", [Points(short_answer(curves))]),
         *figures,
@@ -230,6 +240,36 @@ def _curve_sections(curves: StudyCurves, folder: Path) -> tuple[list[Section], l
         svg = inline_svg((folder / f"{name}.svg").read_text(encoding="utf-8"), alt)
         sections.append(Section(title, [Picture(name, alt, _one_line(caption), svg)]))
     return sections, files
+
+
+def _glue_section(curves: StudyCurves, tracks: Sequence[Track], folder: Path) -> tuple[Section, list[Path]]:
+    """Fine-tuned scores against update: figure, table, and the figure's files."""
+    of = {run.folder.resolve(): (arm, run) for arm in curves.arms for run in arm.runs}
+    found = {track.run: of[Path(track.run).resolve()] for track in tracks}
+    styles = {run: arm_styles(curves)[arm.name].line(marker="o") for run, (arm, _) in found.items()}
+    labels = {run: f"{arm.label}, seed {curve.seed}" for run, (arm, curve) in found.items()}
+    files = save_figure(draw_tracks(list(tracks), styles, labels), folder, "glue")
+    title = "GLUE scores against update"
+    tasks = ", ".join(dict.fromkeys(track.task for track in tracks))
+    alt = f"{title}: {tasks}, of {'; '.join(labels.values())}"
+    svg = inline_svg((folder / "glue.svg").read_text(encoding="utf-8"), alt)
+    table = Table(
+        "Score (mean of the task's metrics) at the first and the last checkpoint, mean and 95 % t-interval "
+        "over the seeds of fine-tuning; whether the last interval lies above the first.",
+        ["task", "run", "first", "score", "last", "score", "last against first"],
+        [[track.task, labels[track.run], *_glue_row(track)] for track in tracks],
+        numbers=(2, 4),
+    )
+    return Section(title, [Picture("glue", alt, _one_line(GLUE), svg), table]), files
+
+
+def _glue_row(track: Track) -> list[str]:
+    cells = []
+    for i in (0, -1):
+        low, high = track.interval("score")[i]
+        interval = "" if np.isnan(low) else f" [{low:.4f}, {high:.4f}]"
+        cells += [f"{track.steps[i]:,}", _number(track.mean("score")[i]) + interval]
+    return [*cells, track.verdict]
 
 
 def _one_line(text: str) -> str:

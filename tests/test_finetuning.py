@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from glue_made_up import small_tokenizer, write_model_folder, write_task
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoModelForSequenceClassification, get_linear_schedule_with_warmup
 
@@ -15,6 +14,7 @@ from glue_eval.evaluation import plan_jobs, read_data
 from glue_eval.finetuning import finetune
 from glue_eval.models import find_sources, inspect_model
 from glue_eval.tasks import TASKS
+from tests.glue_made_up import small_tokenizer, write_model_folder, write_task
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 CPU = torch.device("cpu")

@@ -16,11 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from glue_hub import GlueHub, hub_environment
 
 from glue_eval.data import fingerprint, load_task
 from glue_eval.tasks import TASKS
 from recipes.arguments import UserError
+from tests.glue_hub import GlueHub, hub_environment
 
 ROOT = Path(__file__).parent.parent
 REAL = ROOT.parent / "shared" / "data" / "glue"

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from glue_made_up import small_tokenizer, write_task
 
 from glue_eval.data import fingerprint, load_task
 from glue_eval.encoding import collate, encode_task, evaluation_batches, load_split, training_batches
 from glue_eval.tasks import TASKS
+from tests.glue_made_up import small_tokenizer, write_task
 
 LENGTHS = np.random.default_rng(0).integers(5, 128, size=1003)
 

@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-from glue_made_up import small_tokenizer, write_model_folder
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -21,6 +20,7 @@ from glue_eval.arguments import build_glue_arguments
 from glue_eval.models import Source, find_sources, inspect_model, load_classifier
 from glue_eval.tasks import TASKS
 from recipes.arguments import UserError
+from tests.glue_made_up import small_tokenizer, write_model_folder
 
 SMALL = {
     "vocab_size": 600,

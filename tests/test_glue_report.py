@@ -4,11 +4,12 @@ import json
 import statistics
 
 import pytest
-from glue_fixtures import make_model, make_result, make_track
 from scipy import stats
 
-from glue_eval.report import result_line, table_lines, trajectories, trajectory_lines, write_report
+from glue_eval.report import result_line, table_lines, trajectory_lines, write_report
 from glue_eval.results import summarise
+from recipes.glue_results import trajectories
+from tests.glue_fixtures import make_model, make_result, make_track
 
 SCORES = [0.71, 0.74, 0.69]
 
@@ -75,7 +76,7 @@ def track():
 
 def test_a_trajectory_is_in_the_order_of_steps():
     tracks = trajectories(summarise(track()))
-    steps = {run: [entry["model"]["step"] for entry in found] for (_, run), found in tracks.items()}
+    steps = {track.run: track.steps.tolist() for track in tracks}
     assert steps == {"output/pre": [100, 900, 2000], "output/post": [100, 2000]}
 
 
@@ -97,7 +98,13 @@ def test_the_files_of_a_report(tmp_path):
     kept = json.loads((tmp_path / "results.json").read_text())
     assert kept["results"] == entries
     figure = (tmp_path / "trajectory.svg").read_text()
-    for words in ("pre (pre)", "post (post)", "from scratch", "update of pre-training", "validation loss"):
+    for words in (
+        "output/pre (pre)",
+        "output/post (post)",
+        "from scratch",
+        "update of pre-training",
+        "validation loss",
+    ):
         assert words in figure
     text = (tmp_path / "results.md").read_text()
     assert "| mrpc | output/pre/checkpoint-900 | lr 5e-05, batch 32, 3 epochs | accuracy | 0.7100 |" in text

@@ -8,9 +8,10 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, accelerate
-from glue_hub import GlueHub
-from glue_made_up import results_of, write_model_folder, write_task
+
+from tests.conftest import ROOT, accelerate
+from tests.glue_hub import GlueHub
+from tests.glue_made_up import results_of, write_model_folder, write_task
 
 SLOW_START = 240  # seconds; imports alone take some
 
