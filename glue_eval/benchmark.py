@@ -25,6 +25,7 @@ from glue_eval.arguments import GlueArguments, parse_glue_arguments
 from glue_eval.data import Examples
 from glue_eval.evaluation import plan_jobs, read_data
 from glue_eval.finetuning import Job, finetune
+from glue_eval.jobs import choose_device
 from glue_eval.models import find_sources, inspect_model, load_tokenizer
 from glue_eval.report import number
 from glue_eval.scores import task_scores
@@ -49,7 +50,7 @@ def main() -> int:
 
 def compare(args: GlueArguments) -> None:
     """Run both ways, seed by seed, and print what they did."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device()
     bf16, precision = choose_precision(args.bf16, device)
     with TemporaryDirectory() as cache:
         jobs, examples = _plan(args, cache, bf16)

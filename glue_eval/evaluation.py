@@ -1,16 +1,13 @@
 """From options to results: read everything that can be wrong, then train what is missing, then report."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from glue_eval.arguments import GlueArguments, describe
 from glue_eval.data import Examples, fingerprint, load_task
 from glue_eval.encoding import encode_task
 from glue_eval.finetuning import Job
-from glue_eval.jobs import plan_workers, run_jobs, wait_for_others
+from glue_eval.jobs import choose_device, plan_workers, run_jobs, wait_for_others
 from glue_eval.models import Model, find_sources, inspect_model, load_tokenizer
 from glue_eval.report import result_line, screen, table_lines, write_report
 from glue_eval.results import Results, summarise
@@ -33,8 +30,7 @@ def evaluate(args: GlueArguments) -> list[str]:
     Raises:
         UserError: A mistake in options, models, data or folders; before anything is trained.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bf16, precision = choose_precision(args.bf16, device)
+    bf16, precision = choose_precision(args.bf16, choose_device())
     results = Results(Path(args.output_dir))
     results.check(settings := describe(args) | {"bf16": bf16, "data": {}})
     sources = find_sources(args)
@@ -50,12 +46,10 @@ def evaluate(args: GlueArguments) -> list[str]:
         print(*screen(models, jobs, missing, precision, workers, args), "", sep="\n")
         results.begin(settings)
     failed = run_jobs(missing, workers, results, args.save_model, result_line)
-    if workers.rank == 0 and not failed:
-        wait_for_others(jobs, results, args.save_model)
     if workers.rank == 0:
-        finish(args, results, jobs)
-    for line in failed:
-        print(line, file=sys.stderr)
+        if not failed:
+            wait_for_others(jobs, results, args.save_model)
+        finish(args, results, jobs, complete=not failed)
     return failed
 
 
@@ -111,17 +105,17 @@ def _predicted(args: GlueArguments, task: Task, folders: dict[str, Path]) -> dic
     return {f"{name}/{split}": folders[name] for name in names for split in TASKS[name].files}
 
 
-def finish(args: GlueArguments, results: Results, jobs: list[Job]) -> None:
-    """Everything that follows from the finished runs: tables, figures, card, submission."""
+def finish(args: GlueArguments, results: Results, jobs: list[Job], complete: bool) -> None:
+    """Everything that follows from the finished runs: tables, figures; card and submission of all of them."""
     entries = summarise(results.all())
     asked = {(job.task.name, job.model.source.name, job.model.fingerprint) for job in jobs}
     mine = [e for e in entries if (e["task"], e["model"]["name"], e["model"]["fingerprint"]) in asked]
     print("", *table_lines(mine), sep="\n")
     for file in write_report(entries, results.output_dir):
         print(f"wrote {file}")
-    if args.update_model_card:
+    if args.update_model_card and complete:
         update_cards(mine)
-    if args.submission:
+    if args.submission and complete:
         submit(Path(args.submission), results, jobs, args.allow_other_sizes)
 
 

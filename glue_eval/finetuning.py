@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from glue_eval.arguments import Setting
 from glue_eval.encoding import Encoded, collate, evaluation_batches, load_split, training_batches
-from glue_eval.models import Model, load_classifier, load_tokenizer
+from glue_eval.models import Model, load_classifier
 from glue_eval.scores import headline, is_degenerate, task_scores
 from glue_eval.tasks import Task
 from recipes.arguments import OptimizationArguments
@@ -83,7 +83,6 @@ class FineTuning:
     def __init__(self, job: Job, device: torch.device) -> None:
         self.job, self.device = job, device
         self.model = load_classifier(job.model.source, job.task, job.seed).to(device)
-        self.pad_id = load_tokenizer(job.model.source).pad_token_id
         self.train_split = load_split(job.data, "train")
         self.validation = {split: load_split(job.data, split) for split in job.task.validation}
         self.optimization = _optimization(job.setting, len(self.train_split))
@@ -113,7 +112,7 @@ class FineTuning:
 
     def _update(self, rows: np.ndarray) -> torch.Tensor:
         """One update; returns the mean loss of the batch, still on the device."""
-        batch = collate(self.train_split, rows, self.pad_id, self.device)
+        batch = collate(self.train_split, rows, self.job.model.pad_id, self.device)
         labels = torch.from_numpy(self.train_split.labels[rows]).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.job.bf16):
             logits = self.model(**batch).logits
@@ -155,7 +154,7 @@ class FineTuning:
         outputs = torch.empty(len(split), self.job.task.num_labels)
         with torch.inference_mode():
             for rows in evaluation_batches(split.lengths):
-                batch = collate(split, rows, self.pad_id, self.device)
+                batch = collate(split, rows, self.job.model.pad_id, self.device)
                 outputs[rows] = self.model(**batch).logits.float().cpu()
         return outputs
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 import torch
+from accelerate.utils import parse_flag_from_env
 from tqdm import tqdm
 
 from glue_eval.finetuning import Job, finetune
@@ -50,13 +51,19 @@ class Workers:
         return f"{runs} at a time on {self.device.type}"
 
 
+def choose_device() -> torch.device:
+    """What this process computes on: the GPU that a launcher gave it, the first one, or the CPU."""
+    if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
 def plan_workers(jobs: list[Job], parallel_runs: int | None) -> Workers:
     """So many runs at a time as cores and memory, or GPUs, allow; `parallel_runs` where it is given."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false") != "true":
-        device, room = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))), torch.cuda.device_count()
-    else:
-        device, room = torch.device("cpu"), min(usable_cores(), _fit_in_memory(jobs))
+    device = choose_device()
+    on_gpu = device.type == "cuda"
+    room = torch.cuda.device_count() if on_gpu else min(usable_cores(), _fit_in_memory(jobs))
     if world_size > 1:
         return Workers(parallel_runs or 1, device, rank, world_size)
     return Workers(min(len(jobs), parallel_runs or room) or 1, device)

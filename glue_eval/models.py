@@ -71,6 +71,8 @@ class Model:
     """Tokens of an input that it takes; at most `max_seq_length`."""
     token_types: bool
     """Whether it tells the first sentence from the second."""
+    pad_id: int
+    """Of the token that fills a batch."""
     new_parameters: list[str]
     """Newly initialised ones, with a head for the first task."""
     parameters: int
@@ -141,6 +143,7 @@ def inspect_model(source: Source, task: Task, max_seq_length: int) -> Model:
         token_types="token_type_ids" in accepted
         and "token_type_ids" in tokenizer.model_input_names
         and (getattr(config, "type_vocab_size", None) or 1) > 1,
+        pad_id=tokenizer.pad_token_id,
         new_parameters=new,
         parameters=sum(p.numel() for p in model.parameters()),
     )

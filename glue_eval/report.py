@@ -56,7 +56,8 @@ def screen(
         size = f"{model.parameters / 1e6:.1f} M parameters"
         yield f"model       {model.source.name} ({size}, fingerprint {model.fingerprint})"
     first = models[0]
-    new = "all" if first.source.from_scratch else ", ".join(first.new_parameters) or "none"
+    new = ", ".join(first.new_parameters) or "nothing: the head that it brings is kept"
+    new = "everything" if first.source.from_scratch else new
     yield f"new         {new}"
     yield f"input       at most {first.max_length} tokens"
     yield f"data        {args.data_dir or 'nyu-mll/glue'}"
