@@ -10,7 +10,9 @@ from recipes.arguments import Check, UserError, at_least, check_value, nearest
 from recipes.command_line import Parser, add_option, convert, options_of, read_yaml, refuse_unknown
 
 CONFIGS = Path(__file__).parent / "configs"
-# Tasks that may start from a model of MNLI, as Devlin et al. 2019 and Liu et al. 2019 did.
+# Of a setting; other options only where they do not have their default.
+ALWAYS_TOLD = ("learning_rate", "train_batch_size", "num_train_epochs")
+# Tasks that may start from a model of MNLI, as Liu et al. 2019 (RoBERTa) did.
 FROM_TASK_CHECKPOINT = ("mrpc", "stsb", "rte")
 
 
@@ -34,22 +36,20 @@ class Setting:
     @property
     def name(self) -> str:
         """A folder name that says what differs from the defaults, and always the first three."""
-        always = {"learning_rate": "lr", "train_batch_size": "batch", "num_train_epochs": "epochs"}
-        words = [f"{short}{getattr(self, name):g}" for name, short in always.items()]
-        words += [
-            f"{f.name}{getattr(self, f.name):g}"
-            for f in fields(self)
-            if f.name not in always and getattr(self, f.name) != f.default
-        ]
-        return "-".join(words)
+        first = f"lr{self.learning_rate}-batch{self.train_batch_size}-epochs{self.num_train_epochs}"
+        return "-".join([first, *(f"{name}{value}" for name, value in self._unusual())])
 
     @property
     def label(self) -> str:
         """The same for people."""
-        return (
-            f"learning rate {self.learning_rate:g}, batch {self.train_batch_size}, "
-            f"{self.num_train_epochs} epochs"
-        )
+        epochs = f"{self.num_train_epochs} epoch{'s' if self.num_train_epochs > 1 else ''}"
+        first = f"learning rate {self.learning_rate}, batch {self.train_batch_size}, {epochs}"
+        return ", ".join([first, *(f"{name} {value}" for name, value in self._unusual())])
+
+    def _unusual(self) -> list[tuple[str, Any]]:
+        """The other options that do not have their default."""
+        others = [f for f in fields(Setting) if f.name not in ALWAYS_TOLD]
+        return [(f.name, v) for f in others if (v := getattr(self, f.name)) != f.default]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,8 @@ class GlueArguments(Setting):
     @property
     def run_dirs(self) -> list[str]:
         """The folders of runs that were asked for."""
-        return [name.strip() for name in (self.run_dir or "").split(",") if name.strip()]
+        names = [name.strip() for name in (self.run_dir or "").split(",")]
+        return list(dict.fromkeys(name for name in names if name))
 
     def settings(self) -> list[Setting]:
         """All combinations of the grid over the single setting.
@@ -176,7 +177,9 @@ def build_glue_arguments(values: dict[str, Any]) -> GlueArguments:
         raise UserError(f"run_dir {args.run_dir}: not together with model_name_or_path; give one")
     if args.from_task_checkpoint:
         _check_task_checkpoint(args, tasks)
-    if args.submission and len(args.run_dirs):
+    if args.from_scratch and args.update_model_card:
+        raise UserError("update_model_card: not together with from_scratch: the card is the trained model's")
+    if args.submission and args.run_dirs:
         raise UserError(f"submission {args.submission}: of one model; give model_name_or_path, not run_dir")
     return args
 
@@ -224,5 +227,4 @@ def describe(args: GlueArguments) -> dict[str, Any]:
         "settings": [asdict(setting) for setting in args.settings()],
         "max_seq_length": args.max_seq_length,
         "load_best_model_at_end": args.load_best_model_at_end,
-        "from_scratch": args.from_scratch,
     }

@@ -15,9 +15,10 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 from huggingface_hub.utils import yaml_dump
 
+from glue_eval.arguments import Setting
 from glue_eval.tasks import HUB_DATASET, SCORED, TASKS
 from recipes.arguments import UserError
-from recipes.files import sync
+from recipes.files import aside_of, sync
 
 # Names in GLUE to ids of the Hub, which are names of modules of `evaluate`, and words.
 METRICS = {
@@ -188,13 +189,9 @@ def _seeds(entry: dict[str, Any]) -> str:
 
 
 def _setting(entry: dict[str, Any]) -> str:
-    setting = entry["setting"]
-    words = (
-        f"learning rate {setting['learning_rate']:g}, batch {setting['train_batch_size']}, "
-        f"{setting['num_train_epochs']} epochs"
-    )
-    tried = entry.get("settings_tried", 1)
-    return f"{words}; best of {tried} on this split" if tried > 1 else words
+    words, tried = Setting(**entry["setting"]).label, entry.get("settings_tried", 1)
+    words += f"; best of {tried} on this split" if tried > 1 else ""
+    return words + ("; best epoch on this split" if entry.get("load_best_model_at_end") else "")
 
 
 def _model(model: dict[str, Any]) -> str:
@@ -219,7 +216,7 @@ def _counted(seeds: int) -> str:
 def _write(file: Path, metadata: dict[str, Any], text: str) -> None:
     newline = "\r\n" if "\r\n" in text else "\n"
     front = yaml_dump(metadata, sort_keys=False, line_break=newline)
-    aside = file.with_name(f".{file.name}.partial")
+    aside = aside_of(file)
     aside.write_text(f"---{newline}{front}---{newline}{text}", encoding="utf-8", newline="")
     ModelCard.load(aside)  # what cannot be read again never gets the name
     sync(aside)

@@ -63,10 +63,11 @@ def load_task(
 
 
 def fingerprint(examples: dict[str, Examples]) -> str:
-    """16 hexadecimal digits that stand for all texts and labels, whatever the layout they were read from."""
+    """16 hexadecimal digits that stand for all texts, labels and row numbers, whatever their layout was."""
     digest = hashlib.sha256()
     for split, rows in sorted(examples.items()):
-        digest.update(json.dumps([split, rows.first, rows.second, rows.labels.tolist()]).encode())
+        parts = [split, rows.first, rows.second, rows.labels.tolist(), rows.idx.tolist()]
+        digest.update(json.dumps(parts).encode())
     return digest.hexdigest()[:16]
 
 

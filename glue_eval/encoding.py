@@ -156,16 +156,19 @@ def evaluation_batches(lengths: np.ndarray) -> Iterator[np.ndarray]:
         end -= size
 
 
-def collate(encoded: Encoded, rows: np.ndarray, pad_id: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """A batch, padded on the right to its longest example.
+def collate(
+    encoded: Encoded, rows: np.ndarray, pad_id: int, pad_left: bool, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """A batch, padded to its longest example.
 
     Returns:
         input_ids, int64 [batch, length]; token_type_ids likewise where the model has them; attention_mask
         only where something is padded, since attention without a mask is faster.
     """
     starts, lengths = encoded.starts[rows], encoded.lengths[rows]
-    columns = np.arange(lengths.max())
-    real = columns < lengths[:, None]  # [batch, length]
+    shift = lengths.max() - lengths if pad_left else np.zeros_like(lengths)
+    columns = np.arange(lengths.max()) - shift[:, None]
+    real = (columns >= 0) & (columns < lengths[:, None])  # [batch, length]
     at = np.where(real, starts[:, None] + columns, 0)
     batch = {"input_ids": np.where(real, encoded.input_ids[at], pad_id)}
     if encoded.token_type_ids is not None:

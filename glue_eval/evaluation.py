@@ -1,17 +1,21 @@
 """From options to results: read everything that can be wrong, then train what is missing, then report."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from glue_eval.arguments import GlueArguments, describe
+from glue_eval.card import update_card
 from glue_eval.data import Examples, fingerprint, load_task
 from glue_eval.encoding import encode_task
 from glue_eval.finetuning import Job
 from glue_eval.jobs import choose_device, plan_workers, run_jobs, wait_for_others
-from glue_eval.models import Model, find_sources, inspect_model, load_tokenizer
+from glue_eval.models import Model, Source, find_sources, inspect_model, load_tokenizer
 from glue_eval.report import result_line, screen, table_lines, write_report
 from glue_eval.results import Results, summarise
+from glue_eval.submission import check_folder, check_submission, write_submission
 from glue_eval.tasks import TASKS, Task
+from recipes.arguments import UserError
 from recipes.launch import check_num_processes, choose_precision
 
 
@@ -33,7 +37,9 @@ def evaluate(args: GlueArguments) -> list[str]:
     bf16, precision = choose_precision(args.bf16, choose_device())
     results = Results(Path(args.output_dir))
     results.check(settings := describe(args) | {"bf16": bf16, "data": {}})
+    results.all()  # a damaged file shows before training
     sources = find_sources(args)
+    _check_targets(args, sources)
     data = read_data(args)
     settings["data"] = {name: each.fingerprint for name, each in data.items()}
     results.check(settings)
@@ -45,12 +51,21 @@ def evaluate(args: GlueArguments) -> list[str]:
     if workers.rank == 0:
         print(*screen(models, jobs, missing, precision, workers, args), "", sep="\n")
         results.begin(settings)
-    failed = run_jobs(missing, workers, results, args.save_model, result_line)
+    failed = run_jobs(jobs, workers, results, args.save_model, result_line)
     if workers.rank == 0:
-        if not failed:
+        if workers.world_size > 1 and not failed:
             wait_for_others(jobs, results, args.save_model)
         finish(args, results, jobs, complete=not failed)
     return failed
+
+
+def _check_targets(args: GlueArguments, sources: list[Source]) -> None:
+    """Refuse a card or a submission that could not be written in the end."""
+    for source in sources if args.update_model_card else ():
+        if not (Path(source.path).is_dir() and os.access(source.path, os.W_OK)):
+            raise UserError(f"update_model_card: {source.path} is no folder that can be written to")
+    if args.submission:
+        check_folder(Path(args.submission), args.tasks)
 
 
 def read_data(args: GlueArguments) -> dict[str, Data]:
@@ -107,40 +122,40 @@ def _predicted(args: GlueArguments, task: Task, folders: dict[str, Path]) -> dic
 
 def finish(args: GlueArguments, results: Results, jobs: list[Job], complete: bool) -> None:
     """Everything that follows from the finished runs: tables, figures; card and submission of all of them."""
-    entries = summarise(results.all())
-    asked = {(job.task.name, job.model.source.name, job.model.fingerprint) for job in jobs}
-    mine = [e for e in entries if (e["task"], e["model"]["name"], e["model"]["fingerprint"]) in asked]
-    print("", *table_lines(mine), sep="\n")
-    for file in write_report(entries, results.output_dir):
+    asked = [results.read(file) for job in jobs if (file := results.file(job)).exists()]
+    print("", *table_lines(summarise(asked)), sep="\n")
+    for file in write_report(summarise(results.all()), results.settings(), results.output_dir):
         print(f"wrote {file}")
     if args.update_model_card and complete:
-        update_cards(mine)
+        update_cards(jobs, results)
     if args.submission and complete:
         submit(Path(args.submission), results, jobs, args.allow_other_sizes)
 
 
-def update_cards(entries: list[dict]) -> None:
+def update_cards(jobs: list[Job], results: Results) -> None:
     """Write each model's selected results into the card in its folder."""
-    from glue_eval.card import update_card
-
-    for path in dict.fromkeys(entry["model"]["path"] for entry in entries):
-        own = [entry for entry in entries if entry["model"]["path"] == path and entry["selected"]]
-        print(f"wrote {update_card(Path(path), own)}")
+    for path in dict.fromkeys(job.model.source.path for job in jobs):
+        own = [results.read(results.file(job)) for job in jobs if job.model.source.path == path]
+        selected = [entry for entry in summarise(own) if entry["selected"]]
+        print(f"wrote {update_card(Path(path), selected)}")
 
 
 def submit(folder: Path, results: Results, jobs: list[Job], other_sizes: bool) -> None:
     """Write the server's files from the run with the best validation score of each task, and check them."""
-    from glue_eval.submission import check_submission, write_submission
-
     for task in dict.fromkeys(job.task.name for job in jobs):
-        best = max((job for job in jobs if job.task.name == task), key=lambda job: _score(results, job))
+        own = [job for job in jobs if job.task.name == task and results.predictions(job)]
+        if not own:
+            print(f"{task}: every run diverged; nothing to submit")
+            continue
+        best = max(own, key=lambda job: _score(results, job))
         found = results.predictions(best)
         for name in dict.fromkeys(key.partition("/")[0] for key in found):
             splits = {split: found[f"{name}/{split}"] for split in TASKS[name].files}
             idx = {split: found[f"{name}/{split}/idx"] for split in TASKS[name].files}
             for file in write_submission(folder, TASKS[name], splits, idx):
                 print(f"wrote {file} (of seed {best.seed}, the best on the validation split)")
-    print(*check_submission(folder, other_sizes), sep="\n")
+    if folder.exists():
+        print(*check_submission(folder, other_sizes), sep="\n")
 
 
 def _score(results: Results, job: Job) -> float:

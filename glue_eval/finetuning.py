@@ -65,15 +65,16 @@ def finetune(job: Job, device: torch.device, advance: Callable[[int], None] = la
     epochs, best, weights = [], None, {}
     for epoch in range(job.setting.num_train_epochs):
         train_loss = run.train(epoch, advance)
-        if not math.isfinite(train_loss):
-            return Outcome(_describe(job) | _diverged(job.task, epoch + 1), {}, run.model)
-        epochs.append({"epoch": epoch + 1, "train_loss": train_loss} | run.score())
+        scores = run.score()
+        if not (math.isfinite(train_loss) and math.isfinite(scores["validation_loss"])):
+            return Outcome(_describe(job, device) | _diverged(job.task, epoch + 1, epochs), {}, run.model)
+        epochs.append({"epoch": epoch + 1, "train_loss": train_loss} | scores)
         if job.load_best_model_at_end and (best is None or _is_better(epochs[-1], best)):
             best, weights = epochs[-1], {k: v.clone() for k, v in run.model.state_dict().items()}
     if best:
         run.model.load_state_dict(weights)
     speed = {"examples_per_second": len(epochs) * len(run.train_split) / run.seconds}
-    result = _describe(job) | (best or epochs[-1]) | {"diverged": False, "epochs": epochs} | speed
+    result = _describe(job, device) | (best or epochs[-1]) | {"diverged": False, "epochs": epochs} | speed
     return Outcome(result, run.predict_unlabelled(), run.model)
 
 
@@ -112,7 +113,7 @@ class FineTuning:
 
     def _update(self, rows: np.ndarray) -> torch.Tensor:
         """One update; returns the mean loss of the batch, still on the device."""
-        batch = collate(self.train_split, rows, self.job.model.pad_id, self.device)
+        batch = self._collate(self.train_split, rows)
         labels = torch.from_numpy(self.train_split.labels[rows]).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.job.bf16):
             logits = self.model(**batch).logits
@@ -123,6 +124,10 @@ class FineTuning:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
+
+    def _collate(self, split: Encoded, rows: np.ndarray) -> dict[str, torch.Tensor]:
+        model = self.job.model
+        return collate(split, rows, model.pad_id, model.pad_left, self.device)
 
     def score(self) -> dict[str, Any]:
         """Loss and metrics over all examples of the validation splits."""
@@ -140,12 +145,13 @@ class FineTuning:
         }
 
     def predict_unlabelled(self) -> dict[str, np.ndarray]:
-        """Predictions and row numbers of the splits that the job names."""
+        """Predictions, row numbers and what identifies the data, of the splits that the job names."""
         arrays = {}
         for name, folder in self.job.predicted.items():
             split = load_split(folder, name.rpartition("/")[2])
             arrays[name] = _predictions(self.job.task, self._logits(split))
             arrays[f"{name}/idx"] = split.idx
+            arrays[f"{name}/data"] = np.array(folder.name)
         return arrays
 
     def _logits(self, split: Encoded) -> torch.Tensor:
@@ -154,7 +160,7 @@ class FineTuning:
         outputs = torch.empty(len(split), self.job.task.num_labels)
         with torch.inference_mode():
             for rows in evaluation_batches(split.lengths):
-                batch = collate(split, rows, self.job.model.pad_id, self.device)
+                batch = self._collate(split, rows)
                 outputs[rows] = self.model(**batch).logits.float().cpu()
         return outputs
 
@@ -189,19 +195,22 @@ def _is_better(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return math.isnan(other["score"]) or one["score"] > other["score"]
 
 
-def _describe(job: Job) -> dict[str, Any]:
+def _describe(job: Job, device: torch.device) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "task": job.task.name,
         "model": job.model.to_dict(),
         "setting": asdict(job.setting),
         "seed": job.seed,
+        "max_length": job.model.max_length,
+        "load_best_model_at_end": job.load_best_model_at_end,
         "bf16": job.bf16,
+        "device": device.type,
         "threads": torch.get_num_threads(),
     }
 
 
-def _diverged(task: Task, epoch: int) -> dict[str, Any]:
-    """The result of a run whose loss is no number: that is one, too."""
+def _diverged(task: Task, epoch: int, epochs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The result of a run whose loss is no number: that is one, too. `epochs` are those before it."""
     unknown = dict.fromkeys((*task.metrics, "score", "validation_loss"), math.nan)
-    return unknown | {"epoch": epoch, "diverged": True, "degenerate": True, "epochs": []}
+    return unknown | {"epoch": epoch, "diverged": True, "degenerate": True, "epochs": epochs}

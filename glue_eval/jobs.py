@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from glue_eval.finetuning import Job, finetune
 from glue_eval.results import Results
+from recipes.arguments import UserError
 from recipes.launch import set_threads, usable_cores
 
 POLL_SECONDS = 0.5
@@ -65,7 +66,9 @@ def plan_workers(jobs: list[Job], parallel_runs: int | None) -> Workers:
     on_gpu = device.type == "cuda"
     room = torch.cuda.device_count() if on_gpu else min(usable_cores(), _fit_in_memory(jobs))
     if world_size > 1:
-        return Workers(parallel_runs or 1, device, rank, world_size)
+        return Workers(1, device, rank, world_size)
+    # By all jobs and not by those that are missing: a run's threads, and with them its last bits, must not
+    # depend on where an earlier command was interrupted.
     return Workers(min(len(jobs), parallel_runs or room) or 1, device)
 
 
@@ -82,10 +85,10 @@ def run_jobs(
     save_model: bool,
     report: Callable[[dict[str, Any]], str],
 ) -> list[str]:
-    """Bring runs to their end, the longest first.
+    """Bring runs to their end, the longest first; those that are finished are left alone.
 
     Args:
-        jobs: What is missing.
+        jobs: All that were asked for.
         workers: How they are spread.
         results: Where each is kept as soon as it ends.
         save_model: Whether its model is kept too.
@@ -93,14 +96,21 @@ def run_jobs(
 
     Returns:
         A line for each run that failed.
+
+    Raises:
+        UserError: The disk is full, or a worker was killed.
     """
+    # Shared out before finished ones are dropped: processes look at the folder at different times.
     mine = sorted(jobs, key=_examples, reverse=True)[workers.rank :: workers.world_size]
+    mine = [job for job in mine if not results.has(job, save_model)]
     pace = {} if sys.stderr.isatty() else {"mininterval": 30, "maxinterval": 30}
     shown = {"disable": workers.rank > 0, "unit": "example", "unit_scale": True, "smoothing": 0.05}
     with tqdm(total=sum(map(_examples, mine)), **shown, **pace) as bar:
         run = _in_this_process if workers.number == 1 else _in_a_pool
         failed = []
         for job, result in run(mine, workers, results, save_model, bar):
+            if isinstance(result, UserError):
+                raise result
             if isinstance(result, BaseException):
                 failed.append(f"failed: {_name(job)}: {type(result).__name__}: {result}")
                 bar.write(failed[-1], file=sys.stderr)
@@ -110,7 +120,10 @@ def run_jobs(
 
 
 def wait_for_others(jobs: list[Job], results: Results, save_model: bool) -> None:
-    """Until the launcher's other processes have left their results; a file is waited for, no collective."""
+    """Until the launcher's other processes have left their results; a file is waited for, no collective.
+
+    If one of them fails, the launcher stops this one.
+    """
     while not all(results.has(job, save_model) for job in jobs):
         time.sleep(POLL_SECONDS)
 
@@ -145,8 +158,9 @@ def _in_a_pool(jobs: list[Job], workers: Workers, results: Results, save_model: 
                 job = waiting.pop(future)
                 error = future.exception()
                 if isinstance(error, BrokenProcessPool):
-                    raise RuntimeError(
-                        "a worker was killed, perhaps for want of memory: try --parallel_runs 1"
+                    raise UserError(
+                        f"parallel_runs {workers.number}: a run was killed, perhaps for want of memory; "
+                        "the same command with less goes on where it stopped"
                     )
                 yield job, error or future.result()
 
@@ -179,7 +193,7 @@ def _begin_worker(device: str, places: Any, done: Any, threads: int, parent: int
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(threads)
-    index = places.get() if device == "cuda" else None
+    index = places.get() % torch.cuda.device_count() if device == "cuda" else None
     _worker.update(device=torch.device(device, index), done=done)
 
 

@@ -25,9 +25,10 @@ from transformers.utils import logging as transformers_logging
 
 import bert_ln  # noqa: F401  registers its classes with the Auto classes
 from glue_eval.arguments import GlueArguments
-from glue_eval.tasks import Task
+from glue_eval.tasks import NLI, Task
 from recipes.arguments import UserError
 from recipes.checkpointing import checkpoint_folders, is_complete, step_of
+from recipes.tokenization import tokenizer_fingerprint
 
 DEFAULT_RUN = Path("output/pretrain")
 WEIGHTS = (
@@ -44,6 +45,8 @@ class Source:
 
     path: str
     """Folder or Hub id."""
+    option: str = "model_name_or_path"
+    """What named it."""
     from_scratch: bool = False
     """Random weights of its configuration."""
     trust_remote_code: bool = False
@@ -73,6 +76,8 @@ class Model:
     """Whether it tells the first sentence from the second."""
     pad_id: int
     """Of the token that fills a batch."""
+    pad_left: bool
+    """Whether a batch is filled on the left, as models that look at the last token want it."""
     new_parameters: list[str]
     """Newly initialised ones, with a head for the first task."""
     parameters: int
@@ -99,15 +104,26 @@ def find_sources(args: GlueArguments) -> list[Source]:
     """
     how = {"from_scratch": args.from_scratch, "trust_remote_code": args.trust_remote_code}
     if args.run_dirs:
-        return [source for run in args.run_dirs for source in _checkpoints(Path(run), "run_dir", how)]
-    path = args.from_task_checkpoint or args.model_name_or_path
-    if path is None:
+        runs = dict.fromkeys(_spelt(run) for run in args.run_dirs)
+        return [source for run in runs for source in _checkpoints(Path(run), "run_dir", how)]
+    if args.from_task_checkpoint:
+        return [Source(_spelt(args.from_task_checkpoint), "from_task_checkpoint", **how)]
+    if args.model_name_or_path is None:
         return _checkpoints(DEFAULT_RUN, "model_name_or_path", how)[-1:]
+    path = _spelt(args.model_name_or_path)
     folder = Path(path)
     # A checkpoint keeps its step when it is named by itself.
     if folder in checkpoint_folders(folder.parent):
         return [Source(path, run=str(folder.parent), step=step_of(folder), **how)]
     return [Source(path, **how)]
+
+
+def _spelt(path: str) -> str:
+    """A folder in one spelling, however it was given; a Hub id as it is."""
+    if not Path(path).exists():
+        return path
+    absolute, here = Path(path).resolve(), Path.cwd()
+    return str(absolute.relative_to(here)) if absolute.is_relative_to(here) else str(absolute)
 
 
 def _checkpoints(run: Path, option: str, how: dict[str, bool]) -> list[Source]:
@@ -121,7 +137,7 @@ def _checkpoints(run: Path, option: str, how: dict[str, bool]) -> list[Source]:
             f"{option}: none given, and {run} holds no complete checkpoint; pre-train one with: "
             "accelerate launch recipes/pretrain.py"
         )
-    return [Source(str(folder), run=str(run), step=step_of(folder), **how) for folder in complete]
+    return [Source(str(folder), option, run=str(run), step=step_of(folder), **how) for folder in complete]
 
 
 def inspect_model(source: Source, task: Task, max_seq_length: int) -> Model:
@@ -135,15 +151,18 @@ def inspect_model(source: Source, task: Task, max_seq_length: int) -> Model:
     tokenizer = load_tokenizer(source)
     model, new = _load(source, config, task, seed=0)
     accepted = inspect.signature(model.forward).parameters
+    max_length = min(max_seq_length, _longest_input(model, tokenizer))
+    _try(source, model, tokenizer, max_length)
     return Model(
         source=source,
         fingerprint=_fingerprint(model, tokenizer, new, source.from_scratch),
         norm_placement=getattr(config, "norm_placement", None),
-        max_length=min(max_seq_length, _longest_input(config, tokenizer)),
+        max_length=max_length,
         token_types="token_type_ids" in accepted
         and "token_type_ids" in tokenizer.model_input_names
-        and (getattr(config, "type_vocab_size", None) or 1) > 1,
+        and getattr(config, "type_vocab_size", 2) > 1,
         pad_id=tokenizer.pad_token_id,
+        pad_left=tokenizer.padding_side == "left",
         new_parameters=new,
         parameters=sum(p.numel() for p in model.parameters()),
     )
@@ -165,10 +184,13 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=source.trust_remote_code)
         except Exception as error:
             raise _unusable(source, "has no tokenizer that loads", error) from error
-    if not tokenizer.is_fast or len(tokenizer) < 100 or tokenizer.pad_token_id is None:
+    where = f"{source.option} {source.path}"
+    if not tokenizer.is_fast:
+        raise UserError(f"{where}: its tokenizer has no fast form (tokenizer.json)")
+    if len(tokenizer) < 100 or tokenizer.pad_token_id is None:
         raise UserError(
-            f"model_name_or_path {source.path}: its tokenizer is not usable ({len(tokenizer)} tokens, "
-            f"padding token {tokenizer.pad_token}); copy the one of its pre-training into the folder"
+            f"{where}: its tokenizer is not usable ({len(tokenizer)} tokens, padding token "
+            f"{tokenizer.pad_token}); copy the one of its pre-training into the folder"
         )
     return tokenizer
 
@@ -176,7 +198,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 def _load_config(source: Source) -> Any:
     folder = Path(source.path)
     if folder.exists() or source.path.startswith((".", "/", "~")):
-        _check_folder(folder, source.from_scratch)
+        _check_folder(source, folder)
     with _quiet():
         try:
             config = AutoConfig.from_pretrained(source.path, trust_remote_code=source.trust_remote_code)
@@ -186,33 +208,43 @@ def _load_config(source: Source) -> Any:
         source.trust_remote_code and "AutoModelForSequenceClassification" in getattr(config, "auto_map", {})
     ):
         raise UserError(
-            f"model_name_or_path {source.path}: a model of type {config.model_type} has no "
+            f"{source.option} {source.path}: a model of type {config.model_type} has no "
             "sequence-classification head (AutoModelForSequenceClassification does not know it)"
+        )
+    if source.option == "from_task_checkpoint" and config.num_labels != len(NLI):
+        raise UserError(
+            f"from_task_checkpoint {source.path}: is no model of MNLI, which has {len(NLI)} labels; "
+            "make one with --task mnli --save_model"
         )
     return config
 
 
-def _check_folder(folder: Path, from_scratch: bool) -> None:
-    where = f"model_name_or_path {folder}"
+def _check_folder(source: Source, folder: Path) -> None:
+    where = f"{source.option} {folder}"
     if not folder.is_dir():
         raise UserError(f"{where}: no such folder")
     if not (folder / "config.json").is_file():
-        inside = [f.name for f in checkpoint_folders(folder)]
-        hint = f"; give one of its checkpoints, such as {folder / inside[-1]}" if inside else ""
+        inside = [f for f in checkpoint_folders(folder) if is_complete(f)]
+        hint = f"; give one of its checkpoints, such as {inside[-1]}" if inside else ""
         raise UserError(f"{where}: holds no config.json{hint}")
-    if not from_scratch and not any((folder / name).is_file() for name in WEIGHTS):
+    if (folder / "trainer").is_dir() and not is_complete(folder):
+        raise UserError(f"{where}: is an incomplete checkpoint (no complete.json)")
+    if not source.from_scratch and not any((folder / name).is_file() for name in WEIGHTS):
         raise UserError(f"{where}: holds no weights ({WEIGHTS[0]})")
 
 
 def _unusable(source: Source, what: str, error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:300] or type(error).__name__
-    return UserError(f"model_name_or_path {source.path}: {what} ({reason})")
+    return UserError(f"{source.option} {source.path}: {what} ({reason})")
 
 
 def _load(source: Source, config: Any, task: Task, seed: int) -> tuple[PreTrainedModel, list[str]]:
     """The model and the names of its newly initialised parameters."""
     config.num_labels = task.num_labels
-    config.problem_type = None
+    config.problem_type = "regression" if task.is_regression else "single_label_classification"
+    if task.labels:
+        config.id2label = dict(enumerate(task.labels))
+        config.label2id = {label: i for i, label in enumerate(task.labels)}
     torch.manual_seed(seed)
     trust = source.trust_remote_code
     with _quiet():
@@ -241,29 +273,53 @@ def _check_only_head_is_new(source: Source, model: PreTrainedModel, new: list[st
     body = [name for name in new if name.startswith(f"{model.base_model_prefix}.") and ".pooler." not in name]
     if body:
         raise UserError(
-            f"model_name_or_path {source.path}: its weights are not those of its configuration; "
+            f"{source.option} {source.path}: its weights are not those of its configuration; "
             f"{len(body)} parameters of the encoder are not among them, such as {body[0]}"
         )
 
 
-def _longest_input(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    positions = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+def _longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    positions = getattr(model.config, "max_position_embeddings", None) or 0
+    table = next((m for name, m in model.named_modules() if name.endswith("position_embeddings")), None)
     # RoBERTa and its relatives number positions from behind the padding index.
-    text_config = getattr(config, "model_type", "")
-    if any(name in text_config for name in ("roberta", "camembert", "mpnet")):
-        positions -= (config.pad_token_id or 0) + 1
-    return min(positions, tokenizer.model_max_length)
+    if getattr(table, "padding_idx", None) is not None:
+        positions -= table.padding_idx + 1
+    return min(positions, tokenizer.model_max_length) if positions > 0 else tokenizer.model_max_length
+
+
+def _try(source: Source, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """Run the longest input once: what does not fit shows now and not in the first epoch.
+
+    Raises:
+        UserError: The tokenizer or the length does not suit the model.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"{source.option} {source.path}: its tokenizer has {len(tokenizer)} tokens, "
+            f"its embedding {rows} rows"
+        )
+    ids = torch.full((1, max_length), tokenizer.unk_token_id or 0)
+    try:
+        with torch.inference_mode():
+            model.eval()(ids)
+    except Exception as error:
+        raise _unusable(source, f"does not take {max_length} tokens", error) from error
 
 
 def _fingerprint(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new: list[str], from_scratch: bool
 ) -> str:
-    """A hash of what fine-tuning starts from: structure, vocabulary and the weights that are not new."""
+    """A hash of what fine-tuning starts from: structure, tokenizer, and the encoder's weights but new ones.
+
+    The head is left out: it would make one model another for each number of labels.
+    """
     config = {k: v for k, v in model.config.to_diff_dict().items() if k not in NOT_STRUCTURE}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    digest.update(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        if name not in new and not from_scratch:
+    digest.update(tokenizer_fingerprint(tokenizer).encode())
+    body = model.base_model_prefix
+    for name, tensor in sorted(getattr(model, body, model).state_dict().items()):
+        if f"{body}.{name}" not in new and not from_scratch:
             digest.update(name.encode())
             digest.update(tensor.contiguous().numpy())
     return digest.hexdigest()[:16]

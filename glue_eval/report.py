@@ -7,10 +7,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glue_eval.arguments import Setting
 from glue_eval.encoding import load_split
 from glue_eval.tasks import TASKS
+from recipes.arguments import UserError
 from recipes.figures import COLORS, LINES, save_figure
-from recipes.files import write_json
+from recipes.files import write_json, write_text
 from recipes.glue_results import MEASURES, Track, draw_tracks, trajectories
 
 if TYPE_CHECKING:
@@ -37,6 +39,10 @@ Mean over seeds with its 95 % *t*-interval; std: standard deviation of the runs.
 metrics, as in GLUE's own average. Validation loss: cross-entropy in nats, for stsb squared error. Every
 example of the validation split counts once. A run is degenerate if it predicts one class only (MRPC: accuracy
 0.684, F1 0.812), and diverged if its loss became no number.
+"""
+BEST_EPOCH = """
+Of each run the epoch with the best validation score is reported: chosen on the split that is reported, which
+flatters.
 """
 CHOSEN = """
 Best of {n} settings, chosen on the validation split on which it is reported: that flatters.
@@ -80,12 +86,8 @@ def result_line(result: dict[str, Any]) -> str:
     words = [f"{SHORT[name]} {number(result[name])}" for name in task.metrics]
     words.append(f"loss {number(result['validation_loss'])}")
     flag = "  DIVERGED" if result["diverged"] else "  degenerate" if result["degenerate"] else ""
-    setting = result["setting"]
-    return (
-        f"{task.name:<6}{result['model']['name']}  lr {setting['learning_rate']:g} "
-        f"batch {setting['train_batch_size']} epochs {setting['num_train_epochs']} seed {result['seed']}: "
-        f"{', '.join(words)}{flag}"
-    )
+    run = f"{result['model']['name']}, {Setting(**result['setting']).label}, seed {result['seed']}"
+    return f"{task.name:<6}{run}: {', '.join(words)}{flag}"
 
 
 def table_lines(entries: list[dict[str, Any]]) -> Iterator[str]:
@@ -118,32 +120,50 @@ def estimate(entry: dict[str, Any], metric: str) -> str:
     return number(entry["mean"][metric]) + interval
 
 
-def write_report(entries: list[dict[str, Any]], output_dir: Path) -> list[Path]:
-    """Write results.json, results.md and, where there are checkpoints of a run, their figure.
+def write_report(entries: list[dict[str, Any]], settings: dict[str, Any], output_dir: Path) -> list[Path]:
+    """Write results.md, where there are checkpoints of a run their figure, and results.json last.
 
-    Files that would not change are left as they are.
+    Args:
+        entries: Everything that the folder holds.
+        settings: What all of them share.
+        output_dir: The folder. Where its results.json says the same, nothing is written.
 
     Returns:
         The files that were written.
+
+    Raises:
+        UserError: The disk is full, or the folder cannot be written to.
     """
     content = {
         "format": FORMAT,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "settings": settings,
         "results": entries,
     }
-    file = output_dir / "results.json"
-    if file.exists() and json.loads(file.read_text(encoding="utf-8")).get("results") == content["results"]:
-        return []
     tracks = trajectories(entries)
-    figures = _draw(tracks, entries, output_dir) if tracks else []
-    write_json(file, content)
-    text = output_dir / "results.md"
-    text.write_text("\n".join(_markdown(entries, tracks)) + "\n", encoding="utf-8")
+    file, text = output_dir / "results.json", output_dir / "results.md"
+    if text.exists() and _results_in(file) == entries:
+        return []
+    try:
+        figures = _draw(tracks, entries, output_dir) if tracks else []
+        write_text(text, "\n".join(_markdown(entries, settings, tracks)) + "\n")
+        write_json(file, content)
+    except OSError as error:
+        raise UserError(f"output_dir {output_dir}: cannot be written ({error.strerror})") from error
     return [file, text, *figures]
 
 
-def _markdown(entries: list[dict[str, Any]], tracks: list[Track]) -> Iterator[str]:
-    yield from ("# GLUE", "", " ".join(EXPLANATION.split()), "")
+def _results_in(file: Path) -> Any:
+    """What the last report said; None where there is none that can be read."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["results"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _markdown(entries: list[dict[str, Any]], settings: dict[str, Any], tracks: list[Track]) -> Iterator[str]:
+    epoch = BEST_EPOCH if settings.get("load_best_model_at_end") else "The last epoch is reported."
+    yield from ("# GLUE", "", " ".join((EXPLANATION + epoch).split()), "")
     selected = [entry for entry in entries if entry["selected"]]
     tasks = [name for name in TASKS if any(entry["task"] == name for entry in selected)]
     models = dict.fromkeys((e["model"]["name"], e["model"]["fingerprint"]) for e in selected)
@@ -158,7 +178,18 @@ def _markdown(entries: list[dict[str, Any]], tracks: list[Track]) -> Iterator[st
     yield from ("", "## Metrics", "")
     if any(entry["settings_tried"] > 1 for entry in entries):
         yield from (CHOSEN.format(n=max(e["settings_tried"] for e in entries)).strip(), "")
-    header = ["task", "model", "setting", "metric", "mean", "95 % interval", "std", "n", "degenerate"]
+    header = [
+        "task",
+        "model",
+        "setting",
+        "metric",
+        "mean",
+        "95 % interval",
+        "std",
+        "range",
+        "n",
+        "degenerate",
+    ]
     yield from _table(header, (row for entry in entries for row in _metric_rows(entry)))
 
 
@@ -171,19 +202,16 @@ def _cell(entries: list[dict[str, Any]], task: str, name: str, fingerprint: str)
 
 
 def _metric_rows(entry: dict[str, Any]) -> Iterator[list[str]]:
-    setting, bold = entry["setting"], "**" if entry["selected"] and entry["settings_tried"] > 1 else ""
-    words = [
-        f"lr {setting['learning_rate']:g}, batch {setting['train_batch_size']}, "
-        f"{setting['num_train_epochs']} epochs"
-    ]
+    bold = "**" if entry["selected"] and entry["settings_tried"] > 1 else ""
     for name in (*TASKS[entry["task"]].metrics, "validation_loss"):
         low, high = entry["interval"][name]
         interval = DASH if low is None else f"[{number(low)}, {number(high)}]"
         flags = f"{entry['degenerate']} of {entry['n']}"
         flags += f", {entry['diverged']} diverged" if entry["diverged"] else ""
         mean = f"{bold}{number(entry['mean'][name])}{bold}"
-        head = [entry["task"], entry["model"]["name"], *words, SHORT[name]]
-        yield [*head, mean, interval, number(entry["std"][name]), str(entry["n"]), flags]
+        head = [entry["task"], entry["model"]["name"], Setting(**entry["setting"]).label, SHORT[name]]
+        spread = [number(entry["std"][name]), " to ".join(map(number, entry["range"][name]))]
+        yield [*head, mean, interval, *spread, str(entry["n"]), flags]
 
 
 def _table(header: list[str], rows: Iterable[list[str]]) -> Iterator[str]:

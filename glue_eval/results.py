@@ -3,8 +3,11 @@
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -13,9 +16,12 @@ from glue_eval.models import load_tokenizer
 from glue_eval.tasks import TASKS
 from recipes.arguments import UserError
 from recipes.checkpointing import write_model
-from recipes.files import cached_folder, write_json
+from recipes.files import aside_of, cached_folder, is_aside, write_json
 from recipes.intervals import mean_interval
+from recipes.run_record import check_writable
 
+# Of each run in results.json, besides the metrics of its task.
+KEPT = ("seed", "epoch", "score", "validation_loss", "degenerate", "diverged")
 SETTINGS = "settings.json"
 RUNS = "runs"
 
@@ -38,8 +44,9 @@ class Results:
         """
         file, where = self.output_dir / SETTINGS, f"{option} {self.output_dir}"
         if not file.exists():
-            if self.output_dir.exists() and (not self.output_dir.is_dir() or any(self.output_dir.iterdir())):
+            if self._is_foreign():
                 raise UserError(f"{where}: holds files but no GLUE results; choose an empty or a new folder")
+            check_writable(self.output_dir)
             return
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
@@ -49,19 +56,35 @@ class Results:
         if different:
             raise UserError(f"{where}: holds results of other settings ({different}); choose another folder")
 
+    def _is_foreign(self) -> bool:
+        folder = self.output_dir
+        return folder.exists() and not (folder.is_dir() and all(map(is_aside, folder.iterdir())))
+
     def begin(self, settings: dict[str, Any]) -> None:
         """Write down what the folder's figures rest on; nothing where it is there already."""
         file = self.output_dir / SETTINGS
-        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        found = self.settings()
         merged = found | settings | {"data": found.get("data", {}) | settings["data"]}
         if merged != found:
-            try:
+            with self._writing():
                 self.output_dir.mkdir(parents=True, exist_ok=True)
                 write_json(file, merged)
-            except OSError as error:
-                raise UserError(
-                    f"output_dir {self.output_dir}: cannot be written ({error.strerror})"
-                ) from error
+
+    def settings(self) -> dict[str, Any]:
+        """What the folder's figures rest on; empty where nothing has begun."""
+        file = self.output_dir / SETTINGS
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turn what the disk says into an error for people: no other run would end better."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"output_dir {self.output_dir}: cannot be written ({error.strerror}); "
+                "the same command goes on where it stopped"
+            ) from error
 
     def file(self, job: Job) -> Path:
         """The file of a run."""
@@ -73,36 +96,50 @@ class Results:
     def has(self, job: Job, save_model: bool = False) -> bool:
         """Whether nothing of a run is missing: its result; predictions and model where they are wanted."""
         file = self.file(job)
-        predicted = not job.predicted or set(job.predicted) <= set(self.predictions(job))
-        return file.exists() and predicted and (not save_model or self.model_folder(job).exists())
+        if not file.exists():
+            return False
+        if self.read(file)["diverged"]:
+            return True  # and has no more to give
+        found = self.predictions(job)
+        predicted = all(str(found.get(f"{n}/data")) == folder.name for n, folder in job.predicted.items())
+        return predicted and (not save_model or self.model_folder(job).exists())
 
     def model_folder(self, job: Job) -> Path:
         """Where the fine-tuned model of a run lies."""
         return self.file(job).with_name(f"seed-{job.seed}-model")
 
     def predictions(self, job: Job) -> dict[str, np.ndarray]:
-        """Predictions that a run has left, by TASK/SPLIT; empty where there are none."""
+        """Predictions that a run has left, by TASK/SPLIT, TASK/SPLIT/idx and .../data; or nothing."""
         file = _predictions_file(self.file(job))
         if not file.exists():
             return {}
-        with np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in arrays.files}
+        except (OSError, ValueError, BadZipFile):
+            return {}  # damaged: they are made again
 
     def write(self, job: Job, outcome: Outcome, save_model: bool = False) -> dict[str, Any]:
-        """Keep what a run left, its result last; a result that is there already stays. Returns the result."""
+        """Keep what a run left, its result last; a result that is there already stays. Returns the result.
+
+        Raises:
+            UserError: The disk is full, or the folder cannot be written to.
+        """
         file = self.file(job)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if outcome.predictions:
-            aside = file.with_name(f".{file.stem}-{os.getpid()}.npz")
-            np.savez(aside, **(self.predictions(job) | outcome.predictions))
-            os.replace(aside, _predictions_file(file))
-        if save_model:
-            tokenizer = load_tokenizer(job.model.source)
-            cached_folder(
-                self.model_folder(job), lambda folder: write_model(folder, outcome.model, tokenizer)
-            )
-        if not file.exists():
-            write_json(file, _with_null(outcome.result))
+        with self._writing():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if outcome.predictions:
+                aside = aside_of(_predictions_file(file))
+                with aside.open("wb") as stream:
+                    np.savez(stream, **(self.predictions(job) | outcome.predictions))
+                os.replace(aside, _predictions_file(file))
+            if save_model and not outcome.result["diverged"]:
+                tokenizer = load_tokenizer(job.model.source)
+                cached_folder(
+                    self.model_folder(job), lambda folder: write_model(folder, outcome.model, tokenizer)
+                )
+            if not file.exists():
+                write_json(file, _with_null(outcome.result))
         return self.read(file)
 
     def read(self, file: Path) -> dict[str, Any]:
@@ -113,12 +150,18 @@ class Results:
         """
         try:
             result = json.loads(file.read_text(encoding="utf-8"))
-            if result["format"] != FORMAT:
-                raise ValueError(f"format {result['format']}")
-        except (ValueError, KeyError, TypeError) as error:
+            lacking = {
+                *KEPT,
+                "model",
+                "setting",
+                "load_best_model_at_end",
+                *TASKS[result["task"]].metrics,
+            } - set(result)
+            if result["format"] != FORMAT or lacking:
+                raise ValueError(f"format {result['format']}, without {', '.join(lacking) or 'nothing'}")
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"output_dir {self.output_dir}: {file} is damaged ({error}); "
-                "move it away, and its run is done again"
+                f"output_dir {self.output_dir}: {file} is damaged; move it away, and its run is done again"
             ) from error
         return result
 
@@ -139,19 +182,23 @@ def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     together: dict[tuple, list[dict[str, Any]]] = {}
     for result in results:
-        key = (result["task"], result["model"]["fingerprint"], result["model"]["name"])
-        together.setdefault((*key, json.dumps(result["setting"])), []).append(result)
+        together.setdefault((*_identity(result), json.dumps(result["setting"])), []).append(result)
     entries = [_entry(sorted(runs, key=lambda run: run["seed"])) for runs in together.values()]
     tried: dict[tuple, list[dict[str, Any]]] = {}
     for entry in entries:
-        key = (entry["task"], entry["model"]["fingerprint"], entry["model"]["name"])
-        tried.setdefault(key, []).append(entry)
+        tried.setdefault(_identity(entry), []).append(entry)
     for group in tried.values():
         best = max(group, key=lambda entry: (entry["n"], _or_lowest(entry["mean"]["score"])))
         for entry in group:
             entry |= {"settings_tried": len(group), "selected": entry is best}
     order = list(TASKS)
     return sorted(entries, key=lambda e: (order.index(e["task"]), *_place(e["model"]), str(e["setting"])))
+
+
+def _identity(entry: dict[str, Any]) -> tuple:
+    """What is compared: a task and a model, whose folder may have been given in several spellings."""
+    model = entry["model"]
+    return entry["task"], Path(model["path"]).name, model["fingerprint"], model["from_scratch"]
 
 
 def _place(model: dict[str, Any]) -> tuple:
@@ -162,10 +209,10 @@ def _place(model: dict[str, Any]) -> tuple:
 def _entry(runs: list[dict[str, Any]]) -> dict[str, Any]:
     first = runs[0]
     metrics = (*TASKS[first["task"]].metrics, "score", "validation_loss")
-    entry = {name: first[name] for name in ("task", "model", "setting")}
-    kept = ("seed", "epoch", *metrics, "degenerate", "diverged")
+    entry = {name: first[name] for name in ("task", "model", "setting", "load_best_model_at_end")}
+    kept = dict.fromkeys((*KEPT, *metrics))
     entry |= {"seeds": [{name: run[name] for name in kept} for run in runs], "n": len(runs)}
-    entry |= {"mean": {}, "std": {}, "interval": {}}
+    entry |= {"mean": {}, "std": {}, "interval": {}, "range": {}}
     for name in metrics:
         # A score that is not defined in one run is not defined for all of them.
         values = np.array([math.nan if run[name] is None else run[name] for run in runs])
@@ -173,6 +220,7 @@ def _entry(runs: list[dict[str, Any]]) -> dict[str, Any]:
         entry["mean"][name] = mean
         entry["std"][name] = float(values.std(ddof=1)) if len(runs) > 1 else math.nan
         entry["interval"][name] = [low, high]
+        entry["range"][name] = [float(values.min()), float(values.max())]
     entry |= {name: sum(run[name] for run in runs) for name in ("degenerate", "diverged")}
     return _with_null(entry)
 

@@ -6,13 +6,14 @@ missing (nyu-mll/GLUE-baselines, issue 14).
 """
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from glue_eval.tasks import TASKS, Task, check_labels
 from recipes.arguments import UserError, nearest
-from recipes.files import sync
+from recipes.files import aside_of, sync
 
 HEADER = "index\tprediction"
 FILES = {file: (task, split) for task in TASKS.values() for split, file in task.files.items()}
@@ -50,6 +51,19 @@ def write_submission(
     for aside, file in zip(asides, texts, strict=True):
         os.replace(aside, file)
     return list(texts)
+
+
+def check_folder(folder: Path, tasks: Iterable[Task]) -> None:
+    """Refuse a folder that could not take the files of these tasks, before there is anything to write.
+
+    Raises:
+        UserError: It is no folder, or holds a file of such a name that is not a submission.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"submission {folder}: is a file; give a folder")
+    for task in tasks:
+        for name in task.files.values():
+            _refuse_foreign(folder / name)
 
 
 def check_submission(folder: Path, allow_other_sizes: bool = False) -> list[str]:
@@ -105,7 +119,7 @@ def _spelt(task: Task, value: float) -> str:
 
 
 def _write_aside(file: Path, text: str) -> Path:
-    aside = file.with_name(f".{file.name}.partial")
+    aside = aside_of(file)
     aside.write_text(text, encoding="utf-8", newline="\n")
     sync(aside)
     return aside

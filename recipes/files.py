@@ -18,10 +18,25 @@ STALE_SECONDS = 3600.0
 
 def write_json(file: Path, value: Any) -> None:
     """Replace a file by `value` as JSON: whole or not at all."""
-    aside = file.with_name(f".{file.name}.partial")
-    aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    write_text(file, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Replace a file: whole or not at all, also where several processes write it at once."""
+    aside = aside_of(file)
+    aside.write_text(text, encoding="utf-8")
     sync(aside)
     os.replace(aside, file)
+
+
+def aside_of(file: Path) -> Path:
+    """Where this process makes a file before it gets its name."""
+    return file.with_name(f".{file.name}.{os.getpid()}-{socket.gethostname()}.partial")
+
+
+def is_aside(file: Path, of: str = "*") -> bool:
+    """Whether a file is what a process left that was killed while it wrote one of the name `of`."""
+    return file.match(f".{of}.*-*.partial")
 
 
 def sync(path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from bert_ln import BertLnConfig
 from recipes.arguments import MODEL_OPTIONS, PretrainingArguments, UserError
-from recipes.files import sync
+from recipes.files import is_aside, write_text
 from recipes.stages import Stage
 
 # Options that change neither the weights nor the figures of a run, so that it may be continued with others.
@@ -86,9 +86,9 @@ def check_same_run(output_dir: Path, ours: dict[str, Any]) -> dict[str, Any] | N
     """
     file = output_dir / "run.json"
     if not file.exists():
-        _check_writable(output_dir)
+        check_writable(output_dir)
         # A run that was killed while it began leaves a half-written run.json.
-        if output_dir.exists() and any(f.name != ".run.json.partial" for f in output_dir.iterdir()):
+        if output_dir.exists() and not all(is_aside(f, "run.json") for f in output_dir.iterdir()):
             raise UserError(
                 f"output_dir {output_dir}: holds files but no run; choose an empty or a new folder"
             )
@@ -105,11 +105,12 @@ def check_same_run(output_dir: Path, ours: dict[str, Any]) -> dict[str, Any] | N
             f"output_dir {output_dir}: holds a different run ({'; '.join(different)}); choose another folder"
         )
     if "results" not in found:
-        _check_writable(output_dir)
+        check_writable(output_dir)
     return found
 
 
-def _check_writable(folder: Path) -> None:
+def check_writable(folder: Path) -> None:
+    """Raise UserError where an output folder cannot be written to or made."""
     existing = next(f for f in (folder, *folder.absolute().parents) if f.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"output_dir {folder}: {existing} is no folder that can be written to")
@@ -152,10 +153,7 @@ class Metrics:
     def cut_back(self, step: int) -> None:
         """Drop what was measured after `step`, which training is about to repeat."""
         kept = [line for line in self.lines() if line["step"] <= step]
-        aside = self.file.with_name(f".{self.file.name}.partial")
-        aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        sync(aside)
-        os.replace(aside, self.file)
+        write_text(self.file, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def _short(value: Any) -> str:

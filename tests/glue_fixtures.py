@@ -35,6 +35,7 @@ def make_result(task="mrpc", seed=1, score=0.7, model=None, loss=0.5, degenerate
         "setting": SETTING | setting,
         "seed": seed,
         "epoch": 3,
+        "load_best_model_at_end": False,
         **metrics,
         "validation_loss": loss,
         "degenerate": degenerate,

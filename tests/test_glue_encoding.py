@@ -41,12 +41,14 @@ def test_an_example_is_what_the_tokenizer_makes_of_it_alone(encoded, name, max_l
     assert (longer > 0) == (max_length == 24)
 
 
-def test_a_batch_is_what_the_tokenizer_pads(encoded):
+@pytest.mark.parametrize("left", [False, True])
+def test_a_batch_is_what_the_tokenizer_pads(encoded, left):
     rows, split, _ = encoded()
     chosen = np.array([3, 0, 7])
     texts = [[rows.first[i] for i in chosen], [rows.second[i] for i in chosen]]
-    padded = small_tokenizer()(*texts, truncation=True, max_length=64, padding=True, return_tensors="pt")
-    batch = collate(split, chosen, small_tokenizer().pad_token_id, torch.device("cpu"))
+    padded = small_tokenizer()(*texts, truncation=True, max_length=64, padding=True, return_tensors="pt",
+                               padding_side="left" if left else "right")  # fmt: skip
+    batch = collate(split, chosen, small_tokenizer().pad_token_id, left, torch.device("cpu"))
     assert set(batch) == {"input_ids", "token_type_ids", "attention_mask"}
     for name, tensor in batch.items():
         assert torch.equal(tensor, padded[name])
@@ -54,7 +56,7 @@ def test_a_batch_is_what_the_tokenizer_pads(encoded):
 
 def test_a_batch_of_equal_lengths_needs_no_mask(encoded):
     _, split, _ = encoded(token_types=False)
-    batch = collate(split, np.array([5]), 0, torch.device("cpu"))
+    batch = collate(split, np.array([5]), 0, False, torch.device("cpu"))
     assert set(batch) == {"input_ids"}
 
 

@@ -8,11 +8,15 @@ import torch
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    Data2VecTextConfig,
+    Data2VecTextForMaskedLM,
     ModernBertConfig,
     ModernBertForMaskedLM,
     RobertaConfig,
     RobertaForMaskedLM,
     ViTConfig,
+    XLNetConfig,
+    XLNetLMHeadModel,
 )
 
 from bert_ln import BertLnForMaskedLM
@@ -60,7 +64,10 @@ def test_every_complete_checkpoint_of_a_run_in_the_order_of_steps(run):
 
 
 def test_several_runs(run):
-    assert [s.step for s in find_sources(arguments(run_dir=f"{run},{run}"))] == [4, 12, 4, 12]
+    other = shutil.copytree(run, run.parent / "other")
+    assert [s.step for s in find_sources(arguments(run_dir=f"{run},{other}"))] == [4, 12, 4, 12]
+    again = f"{run},{run.parent}/other/../run"
+    assert [s.step for s in find_sources(arguments(run_dir=again))] == [4, 12]
 
 
 def test_without_a_model_the_newest_checkpoint_of_the_default_run(run, monkeypatch, tmp_path):
@@ -100,6 +107,15 @@ def test_the_seed_decides_new_weights_only(tmp_path):
     assert changed == {"classifier.weight", "bert.pooler.dense.weight"}
 
 
+def test_a_fine_tuned_model_knows_the_names_of_its_labels(tmp_path):
+    source = Source(str(write_model_folder(tmp_path / "model")))
+    config = load_classifier(source, TASKS["mnli"], 1).config
+    assert config.id2label == {0: "entailment", 1: "neutral", 2: "contradiction"}
+    assert config.label2id["contradiction"] == 2
+    config = load_classifier(source, TASKS["stsb"], 1).config
+    assert (config.num_labels, config.problem_type) == (1, "regression")
+
+
 def test_from_scratch_keeps_the_configuration_only(tmp_path):
     folder = write_model_folder(tmp_path / "model")
     source = Source(str(folder), from_scratch=True)
@@ -120,7 +136,12 @@ def test_a_bf16_checkpoint_is_fine_tuned_in_float32(tmp_path):
 
 
 def test_any_encoder(tmp_path):
+    small = {"n_layer": 2, "n_head": 2, "d_model": 32, "d_inner": 64, "vocab_size": 600}
     models = {
+        # XLNet has no last position; the longest input is what is asked for, padded on the left.
+        "xlnet": (XLNetLMHeadModel(XLNetConfig(**small)), 128, True),
+        "data2vec": (Data2VecTextForMaskedLM(Data2VecTextConfig(**SMALL, max_position_embeddings=66,
+                                             pad_token_id=1, type_vocab_size=1)), 64, False),
         "bert": (BertForMaskedLM(BertConfig(**SMALL, max_position_embeddings=64)), 64, True),
         # RoBERTa numbers positions from 2: 66 positions are 64 tokens; it has one token type.
         "roberta": (RobertaForMaskedLM(RobertaConfig(**SMALL, max_position_embeddings=66, pad_token_id=1,
@@ -131,9 +152,11 @@ def test_any_encoder(tmp_path):
     for name, (model, longest, token_types) in models.items():
         model.save_pretrained(tmp_path / name)
         small_tokenizer().save_pretrained(tmp_path / name)
+        change_tokenizer(tmp_path / name, padding_side="left" if name == "xlnet" else "right")
         found = inspect(tmp_path / name)
         assert (found.max_length, found.token_types) == (longest, token_types), name
-        assert any("classifier" in parameter for parameter in found.new_parameters), name
+        assert found.pad_left == (name == "xlnet")
+        assert any(n.startswith(("classifier", "logits_proj")) for n in found.new_parameters), name
 
 
 def test_the_fingerprint_is_that_of_weights_configuration_and_vocabulary(tmp_path):
@@ -149,6 +172,34 @@ def test_the_fingerprint_is_that_of_weights_configuration_and_vocabulary(tmp_pat
         model.bert.embeddings.word_embeddings.weight[7, 0] += 1
     model.save_pretrained(folder)
     assert inspect(folder).fingerprint != before
+
+
+def test_the_fingerprint_tells_tokenizers_apart_and_not_heads(tmp_path):
+    folder = write_model_folder(tmp_path / "model")
+    before = inspect(folder).fingerprint
+    change_tokenizer(folder, do_lower_case=False)
+    assert inspect(folder).fingerprint != before
+    tuned = load_classifier(Source(str(folder)), TASKS["rte"], 1)
+    tuned.save_pretrained(folder)
+    assert len({inspect(folder, task).fingerprint for task in ("rte", "stsb", "mnli")}) == 1
+
+
+def test_only_a_model_of_mnli_is_a_start_for_other_tasks(tmp_path):
+    folder = write_model_folder(tmp_path / "model")
+    with pytest.raises(UserError, match=r"from_task_checkpoint .*: is no model of MNLI"):
+        inspect(folder, option="from_task_checkpoint")
+    tokenizer = small_tokenizer()
+    load_classifier(Source(str(folder)), TASKS["mnli"], 1).save_pretrained(tmp_path / "mnli")
+    tokenizer.save_pretrained(tmp_path / "mnli")
+    assert inspect(tmp_path / "mnli", "rte", option="from_task_checkpoint").new_parameters == [
+        "classifier.bias",
+        "classifier.weight",
+    ]
+
+
+def change_tokenizer(folder, **changes):
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def break_folder(folder, how):
@@ -167,6 +218,11 @@ def break_folder(folder, how):
     elif how == "layers":
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    elif how == "torn":
+        (folder / "trainer").mkdir()
+    elif how == "vocabulary":
+        config = BertConfig(**SMALL | {"vocab_size": 200}, max_position_embeddings=64)
+        BertForMaskedLM(config).save_pretrained(folder)
     elif how == "absent":
         shutil.rmtree(folder)
 
@@ -180,6 +236,8 @@ def break_folder(folder, how):
         ("truncated", "does not load"),
         ("head", "a model of type vit has no sequence-classification head"),
         ("layers", "not those of its configuration; 16 parameters of the encoder"),
+        ("torn", "is an incomplete checkpoint"),
+        ("vocabulary", r"its tokenizer has \d+ tokens, its embedding 200 rows"),
         ("absent", "no such folder"),
     ],
 )
@@ -192,7 +250,7 @@ def test_a_folder_that_is_no_model(tmp_path, how, message):
 
 def test_a_run_instead_of_a_checkpoint_is_pointed_out(run):
     (run / "config.json").unlink()
-    with pytest.raises(UserError, match=r"give one of its checkpoints, such as .*checkpoint-20"):
+    with pytest.raises(UserError, match=r"give one of its checkpoints, such as .*checkpoint-12"):
         inspect(run)
     with pytest.raises(UserError, match=r"run_dir .*copies: holds no complete checkpoint"):
         find_sources(arguments(run_dir=run / "copies"))

@@ -11,6 +11,7 @@ from glue_eval.results import summarise
 from recipes.glue_results import trajectories
 from tests.glue_fixtures import make_model, make_result, make_track
 
+SETTINGS = {"load_best_model_at_end": False}
 SCORES = [0.71, 0.74, 0.69]
 
 
@@ -93,10 +94,10 @@ def test_the_files_of_a_report(tmp_path):
     scratch = make_model("output/pre, from scratch", run="output/pre", step=2000, from_scratch=True)
     results = track() + [make_result(seed=i, model=scratch, score=0.5 + i / 100) for i in (1, 2)]
     entries = summarise(results)
-    names = [file.name for file in write_report(entries, tmp_path)]
+    names = [file.name for file in write_report(entries, SETTINGS, tmp_path)]
     assert names == ["results.json", "results.md", "trajectory.svg", "trajectory.png"]
     kept = json.loads((tmp_path / "results.json").read_text())
-    assert kept["results"] == entries
+    assert (kept["results"], kept["settings"]) == (entries, SETTINGS)
     figure = (tmp_path / "trajectory.svg").read_text()
     for words in (
         "output/pre (pre)",
@@ -107,14 +108,52 @@ def test_the_files_of_a_report(tmp_path):
     ):
         assert words in figure
     text = (tmp_path / "results.md").read_text()
-    assert "| mrpc | output/pre/checkpoint-900 | lr 5e-05, batch 32, 3 epochs | accuracy | 0.7100 |" in text
+    assert (
+        "| mrpc | output/pre/checkpoint-900 | learning rate 5e-05, batch 32, 3 epochs | accuracy | 0.7100 |"
+        in text
+    )
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in table if "accuracy" in line}) == 1
 
 
+def test_the_best_epoch_is_said_to_be_chosen(tmp_path):
+    write_report(summarise([make_result()]), {"load_best_model_at_end": True}, tmp_path)
+    assert "the epoch with the best validation score" in (tmp_path / "results.md").read_text()
+    write_report(summarise([make_result(seed=2)]), SETTINGS, tmp_path)
+    assert "The last epoch is reported" in (tmp_path / "results.md").read_text()
+
+
+def test_settings_of_a_grid_are_told_apart_whatever_they_vary(tmp_path):
+    results = [
+        make_result(weight_decay=decay, warmup_steps=share) for decay in (0.0, 0.01) for share in (0.1, 5.0)
+    ]
+    write_report(summarise(results), SETTINGS, tmp_path)
+    rows = [line for line in (tmp_path / "results.md").read_text().splitlines() if "| accuracy |" in line]
+    assert len({row.replace("*", "") for row in rows}) == 4
+
+
+def test_a_model_in_two_spellings_of_its_path_is_one(tmp_path):
+    here, there = make_model("out/m", fingerprint="a"), make_model("/home/out/m", fingerprint="a")
+    (entry,) = summarise([make_result(seed=1, model=here), make_result(seed=2, model=there)])
+    assert entry["n"] == 2
+
+
+@pytest.mark.parametrize("damage", ["results.md", "results.json"])
+def test_a_report_that_is_not_whole_is_written_again(tmp_path, damage):
+    entries = summarise(track())
+    write_report(entries, SETTINGS, tmp_path)
+    whole = (tmp_path / damage).read_text()
+    if damage == "results.md":
+        (tmp_path / damage).unlink()
+    else:
+        (tmp_path / damage).write_text(whole[:50])
+    assert write_report(entries, SETTINGS, tmp_path)
+    assert (tmp_path / damage).read_text() == whole
+
+
 def test_a_report_that_would_not_change_is_not_written(tmp_path):
     entries = summarise(track())
-    assert write_report(entries, tmp_path)
+    assert write_report(entries, SETTINGS, tmp_path)
     before = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
-    assert write_report(entries, tmp_path) == []
+    assert write_report(entries, SETTINGS, tmp_path) == []
     assert before == {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}

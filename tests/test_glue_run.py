@@ -191,3 +191,68 @@ def test_a_mistake_is_one_line_before_anything_is_written(glue, tmp_path, option
     (line,) = [line for line in done.stderr.splitlines() if line.strip()]
     assert line.startswith("error: ") and message in line
     assert contents(tmp_path) == before
+
+
+def test_two_commands_on_one_folder_do_no_harm(glue, tmp_path):
+    both = [glue(wait=False, seeds=6, num_train_epochs=1, parallel_runs=1) for _ in range(2)]
+    for process in both:
+        _, errors = process.communicate(timeout=SLOW_START)
+        assert process.returncode == 0, errors
+    assert len(results_of(tmp_path / "output" / "glue")) == 6
+
+
+def test_a_process_that_comes_late_leaves_no_run_out(glue, tmp_path):
+    """The second of a launcher's processes starts when the first has done its share."""
+    first = glue(wait=False, seeds=4, environment={"RANK": "0", "WORLD_SIZE": "2"})
+    output = tmp_path / "output" / "glue"
+    while len(list(output.glob("runs/*/*/*/seed-*.json"))) < 2:
+        assert first.poll() is None
+        time.sleep(0.1)
+    assert glue(seeds=4, environment={"RANK": "1", "WORLD_SIZE": "2"}).returncode == 0
+    _, errors = first.communicate(timeout=SLOW_START)
+    assert first.returncode == 0, errors
+    assert len(results_of(output)) == 4
+
+
+def test_a_damaged_result_is_named_before_training(glue, tmp_path):
+    assert glue(seeds=1).returncode == 0
+    output = tmp_path / "output" / "glue"
+    (file,) = output.glob("runs/*/*/*/seed-1.json")
+    file.write_text(file.read_text()[:100])
+    before = contents(output)
+    done = glue(seeds=2)
+    assert done.returncode == 2
+    assert "seed-1.json is damaged; move it away" in done.stderr
+    assert contents(output) == before
+
+
+def test_a_run_that_diverges_is_reported_and_does_not_stop_a_submission(glue, tmp_path):
+    write_task(tmp_path / "data", "mrpc", ["train", "validation", "test"])
+    done = glue(seeds=1, learning_rate=1e30, max_grad_norm=0, warmup_steps=0, submission="server")
+    assert done.returncode == 0, done.stderr
+    assert "DIVERGED" in done.stderr + done.stdout
+    assert "mrpc: every run diverged; nothing to submit" in done.stdout
+
+
+def test_predictions_are_made_again_when_the_test_split_changes(glue, tmp_path):
+    write_task(tmp_path / "data", "mrpc", ["train", "validation", "test"])
+    assert glue(seeds=1, submission="server").returncode == 0
+    write_task(tmp_path / "data", "mrpc", ["test"], {"test": 9})
+    assert glue(seeds=1, submission="server2").returncode == 0
+    assert len((tmp_path / "server2" / "MRPC.tsv").read_text().splitlines()) == 10
+
+
+def test_the_baseline_from_scratch_stands_beside_the_model_and_not_in_its_card(glue, tmp_path):
+    assert glue(seeds=1).returncode == 0
+    assert glue("--from_scratch", seeds=1).returncode == 0
+    text = (tmp_path / "output" / "glue" / "results.md").read_text()
+    assert "| model |" in text and "| model, from scratch |" in text
+    refused = glue("--from_scratch", "--update_model_card", seeds=1)
+    assert refused.returncode == 2 and "update_model_card: not together with from_scratch" in refused.stderr
+
+
+def test_a_path_in_another_spelling_is_the_same_model(glue, tmp_path):
+    assert glue(seeds=1).returncode == 0
+    again = glue(seeds=1, model_name_or_path=tmp_path / "model")
+    assert "1 are there already" in again.stdout
+    assert "accuracy" in again.stdout.splitlines()[-1]

@@ -89,7 +89,7 @@ def test_a_foreign_folder_is_not_touched(tiny, tmp_path):
 
 def test_a_run_killed_while_it_began_can_begin_again(tiny, tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".run.json.partial").write_text("{")
+    (tmp_path / "run" / ".run.json.17-host.partial").write_text("{")
     pretrain(tiny(max_steps=1))
 
 
