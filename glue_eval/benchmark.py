@@ -54,7 +54,7 @@ def compare(args: GlueArguments) -> None:
     bf16, precision = choose_precision(args.bf16, device)
     with TemporaryDirectory() as cache:
         jobs, examples = _plan(args, cache, bf16)
-        print(f"{set_threads()}; ours: {precision}")
+        print(f"{set_threads()}; stock: float32; ours: {precision}")
         rows: dict[str, list[dict[str, float]]] = {"stock": [], "ours": []}
         for job in jobs:
             for way, run in (("stock", run_stock), ("ours", run_ours)):

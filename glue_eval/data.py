@@ -180,7 +180,9 @@ def _task_folder(task: Task, root: Path) -> Path:
     if (root / task.name).is_dir():
         return root / task.name
     if root.resolve().name == task.name:
-        raise UserError(f"data_dir {root}: is the folder of {task.name}; give the one above, {root / '..'}")
+        raise UserError(
+            f"data_dir {root}: is the folder of {task.name}; give the one above, {root.resolve().parent}"
+        )
     folders = sorted(path.name for path in root.iterdir() if path.is_dir())
     alike = [name for name in folders if re.sub(r"\W|_", "", name.lower()) == task.name]
     hint = f"; rename {alike[0]} to {task.name}?" if alike else ""

@@ -48,8 +48,9 @@ def evaluate(args: GlueArguments) -> list[str]:
     workers = plan_workers(jobs, args.parallel_runs)
     check_num_processes(workers.world_size, None)
     missing = [job for job in jobs if not results.has(job, args.save_model)]
+    again = sum(results.file(job).exists() for job in missing)
     if workers.rank == 0:
-        print(*screen(models, jobs, missing, precision, workers, args), "", sep="\n")
+        print(*screen(models, jobs, missing, again, precision, workers, args), "", sep="\n")
         results.begin(settings)
     failed = run_jobs(jobs, workers, results, args.save_model, result_line)
     if workers.rank == 0:

@@ -104,7 +104,12 @@ def run_jobs(
     mine = sorted(jobs, key=_examples, reverse=True)[workers.rank :: workers.world_size]
     mine = [job for job in mine if not results.has(job, save_model)]
     pace = {} if sys.stderr.isatty() else {"mininterval": 30, "maxinterval": 30}
-    shown = {"disable": workers.rank > 0, "unit": "example", "unit_scale": True, "smoothing": 0.05}
+    shown = {
+        "disable": workers.rank > 0 or not mine,
+        "unit": "example",
+        "unit_scale": True,
+        "smoothing": 0.05,
+    }
     with tqdm(total=sum(map(_examples, mine)), **shown, **pace) as bar:
         run = _in_this_process if workers.number == 1 else _in_a_pool
         failed = []
@@ -114,7 +119,7 @@ def run_jobs(
             if isinstance(result, BaseException):
                 failed.append(f"failed: {_name(job)}: {type(result).__name__}: {result}")
                 bar.write(failed[-1], file=sys.stderr)
-            elif workers.rank == 0:
+            else:
                 bar.write(report(result))
     return failed
 

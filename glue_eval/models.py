@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import logging as hub_logging
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
@@ -179,7 +180,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     Raises:
         UserError: There is none.
     """
-    with _quiet():
+    with quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=source.trust_remote_code)
         except Exception as error:
@@ -199,7 +200,7 @@ def _load_config(source: Source) -> Any:
     folder = Path(source.path)
     if folder.exists() or source.path.startswith((".", "/", "~")):
         _check_folder(source, folder)
-    with _quiet():
+    with quiet():
         try:
             config = AutoConfig.from_pretrained(source.path, trust_remote_code=source.trust_remote_code)
         except Exception as error:
@@ -235,7 +236,8 @@ def _check_folder(source: Source, folder: Path) -> None:
 
 def _unusable(source: Source, what: str, error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:300] or type(error).__name__
-    return UserError(f"{source.option} {source.path}: {what} ({reason})")
+    where = "" if Path(source.path).exists() else "is no folder here, and as an id on the Hub it "
+    return UserError(f"{source.option} {source.path}: {where}{what} ({reason})")
 
 
 def _load(source: Source, config: Any, task: Task, seed: int) -> tuple[PreTrainedModel, list[str]]:
@@ -247,7 +249,7 @@ def _load(source: Source, config: Any, task: Task, seed: int) -> tuple[PreTraine
         config.label2id = {label: i for i, label in enumerate(task.labels)}
     torch.manual_seed(seed)
     trust = source.trust_remote_code
-    with _quiet():
+    with quiet():
         if source.from_scratch:
             model = AutoModelForSequenceClassification.from_config(
                 config, trust_remote_code=trust, dtype=torch.float32
@@ -340,14 +342,17 @@ NOT_STRUCTURE = {
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the tables and bars of loading: what is new is listed by ourselves."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    hub_verbosity = hub_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()  # it tells of every retry
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(hub_verbosity)
         if bars:
             transformers_logging.enable_progress_bar()

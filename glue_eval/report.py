@@ -3,6 +3,7 @@
 import json
 import platform
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,7 @@ def screen(
     models: list["Model"],
     jobs: list["Job"],
     missing: list["Job"],
+    again: int,
     precision: str,
     workers: "Workers",
     args: "GlueArguments",
@@ -71,13 +73,27 @@ def screen(
         cut = load_split(job.data, "train").truncated
         longer = f", {cut:,} of them longer than the input and cut" if cut else ""
         yield f"task        {job.task.name}: {job.train_examples:,} training examples{longer}"
-    settings = dict.fromkeys(job.setting.label for job in jobs)
-    yield f"settings    {len(settings)}: {next(iter(settings))}{', ...' if len(settings) > 1 else ''}"
-    chosen = "the best on the validation split" if args.load_best_model_at_end else "the last"
-    yield f"epoch       {chosen} is reported"
-    done = f"; {len(jobs) - len(missing)} are there already" if len(missing) < len(jobs) else ""
-    yield f"runs        {len(jobs)}, {args.seeds} seeds a setting{done}; {workers.describe()}"
+    settings = list(dict.fromkeys(job.setting for job in jobs))
+    yield f"settings    {_count(len(settings), 'setting')}: {_axes(settings)}"
+    yield f"epoch       {'the best' if args.load_best_model_at_end else 'the last'} of a run is reported"
+    yield f"runs        {len(jobs)}: {_count(args.seeds, 'seed')} a setting; {workers.describe()}"
+    if done := len(jobs) - len(missing):
+        yield f"finished    {done} of them are there already"
+    if again:
+        yield f"again       {again} of them lack predictions or a model; they are trained again for these"
     yield f"precision   {precision}"
+
+
+def _axes(settings: list[Setting]) -> str:
+    """What a grid varies and its values; of a single setting its label."""
+    if len(settings) == 1:
+        return settings[0].label
+    values = {f.name: dict.fromkeys(getattr(s, f.name) for s in settings) for f in fields(Setting)}
+    return "; ".join(f"{name} {', '.join(map(str, v))}" for name, v in values.items() if len(v) > 1)
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"
 
 
 def result_line(result: dict[str, Any]) -> str:
@@ -164,6 +180,9 @@ def _results_in(file: Path) -> Any:
 def _markdown(entries: list[dict[str, Any]], settings: dict[str, Any], tracks: list[Track]) -> Iterator[str]:
     epoch = BEST_EPOCH if settings.get("load_best_model_at_end") else "The last epoch is reported."
     yield from ("# GLUE", "", " ".join((EXPLANATION + epoch).split()), "")
+    told = {"max_seq_length": "inputs of at most {} tokens", "bf16": "bfloat16 autocast {}"}
+    yield from (f"- {words.format(settings[name])}" for name, words in told.items() if name in settings)
+    yield ""
     selected = [entry for entry in entries if entry["selected"]]
     tasks = [name for name in TASKS if any(entry["task"] == name for entry in selected)]
     models = dict.fromkeys((e["model"]["name"], e["model"]["fingerprint"]) for e in selected)
@@ -197,7 +216,8 @@ def _cell(entries: list[dict[str, Any]], task: str, name: str, fingerprint: str)
     for entry in entries:
         model = entry["model"]
         if (entry["task"], model["name"], model["fingerprint"]) == (task, name, fingerprint):
-            return estimate(entry, "score")
+            mark = f" ({entry['degenerate']} of {entry['n']} degenerate)" if entry["degenerate"] else ""
+            return estimate(entry, "score") + mark
     return DASH
 
 

@@ -12,7 +12,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from glue_eval.finetuning import FORMAT, Job, Outcome
-from glue_eval.models import load_tokenizer
+from glue_eval.models import load_tokenizer, quiet
 from glue_eval.tasks import TASKS
 from recipes.arguments import UserError
 from recipes.checkpointing import write_model
@@ -53,7 +53,7 @@ class Results:
             different = _differences(settings, found)
         except (ValueError, AttributeError, TypeError):
             raise UserError(f"{where}: its {SETTINGS} is not readable; choose another folder") from None
-        if different:
+        if different and any(self._files()):
             raise UserError(f"{where}: holds results of other settings ({different}); choose another folder")
 
     def _is_foreign(self) -> bool:
@@ -63,7 +63,7 @@ class Results:
     def begin(self, settings: dict[str, Any]) -> None:
         """Write down what the folder's figures rest on; nothing where it is there already."""
         file = self.output_dir / SETTINGS
-        found = self.settings()
+        found = self.settings() if self._files() else {}
         merged = found | settings | {"data": found.get("data", {}) | settings["data"]}
         if merged != found:
             with self._writing():
@@ -135,9 +135,10 @@ class Results:
                 os.replace(aside, _predictions_file(file))
             if save_model and not outcome.result["diverged"]:
                 tokenizer = load_tokenizer(job.model.source)
-                cached_folder(
-                    self.model_folder(job), lambda folder: write_model(folder, outcome.model, tokenizer)
-                )
+                with quiet():
+                    cached_folder(
+                        self.model_folder(job), lambda folder: write_model(folder, outcome.model, tokenizer)
+                    )
             if not file.exists():
                 write_json(file, _with_null(outcome.result))
         return self.read(file)
@@ -167,8 +168,10 @@ class Results:
 
     def all(self) -> list[dict[str, Any]]:
         """Every result in the folder, in a fixed order."""
-        files = sorted(self.output_dir.glob(f"{RUNS}/*/*/*/seed-*.json"))
-        return [self.read(file) for file in files]
+        return [self.read(file) for file in self._files()]
+
+    def _files(self) -> list[Path]:
+        return sorted(self.output_dir.glob(f"{RUNS}/*/*/*/seed-*.json"))
 
 
 def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:

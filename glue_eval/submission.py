@@ -91,7 +91,7 @@ def check_submission(folder: Path, allow_other_sizes: bool = False) -> list[str]
     if missing:
         notes.append(
             f"{len(missing)} of {len(FILES)} files are missing: {', '.join(missing)}. The server is said to "
-            "refuse a .zip without all of them, and to take those of its sample submission for tasks not run"
+            "refuse a .zip without all of them, and to take the files of its sample submission for the others"
         )
     return notes
 

@@ -155,7 +155,7 @@ def read_tasks(names: str, submission: bool) -> list[Task]:
     """
     wanted = {name.strip() for name in names.split(",") if name.strip()}
     if not wanted:
-        raise UserError(f"task {names!r}: allowed: all, {', '.join(TASKS)}")
+        raise UserError(f"task: is needed; allowed: all, {', '.join(TASKS)}")
     for name in wanted - {"all"}:
         if name not in TASKS:
             raise UserError(f"task {name!r}: {_hint(name)}")

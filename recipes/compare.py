@@ -87,7 +87,10 @@ def _add_own(parser: Parser) -> None:
     parser.add_argument("--report_only", action="store_true", help="train nothing; report what there is")
     parser.add_argument("--against", metavar="REFERENCE", help="name or file of reference curves")
     parser.add_argument(
-        "--glue_results", type=Path, metavar="FILE", help="results.json of glue_eval/run.py, joins the report"
+        "--glue_results",
+        type=Path,
+        metavar="FILE",
+        help="results of glue_eval/run.py --run_dir, which join the report",
     )
     parser.add_argument("--write_reference", type=Path, metavar="FILE", help="keep the curves as a reference")
 

@@ -75,6 +75,7 @@ def read_tracks(file: Path, runs: list[Path]) -> list[Track]:
     Raises:
         UserError: The file is none, or holds none of these runs.
     """
+    file = file / "results.json" if file.is_dir() else file
     try:
         tracks = trajectories(json.loads(file.read_text(encoding="utf-8"))["results"])
     except OSError as error:
@@ -84,8 +85,11 @@ def read_tracks(file: Path, runs: list[Path]) -> list[Track]:
     wanted = {run.resolve() for run in runs}
     ours = [track for track in tracks if Path(track.run).resolve() in wanted]
     if not ours:
-        there = ", ".join(dict.fromkeys(track.run for track in tracks)) or "no run with two checkpoints"
-        raise UserError(f"glue_results {file}: holds none of the runs that are compared, but {there}")
+        there = ", ".join(dict.fromkeys(track.run for track in tracks)) or "none"
+        raise UserError(
+            f"glue_results {file}: holds two or more checkpoints of no run that is compared (of others: "
+            f"{there}); make it with glue_eval/run.py --run_dir"
+        )
     return ours
 
 
@@ -95,7 +99,9 @@ def draw_tracks(
     labels: Mapping[str, str],
     baselines: Mapping[tuple[str, str], float] | None = None,
 ) -> Figure:
-    """Score and validation loss against pre-training step: a row a task, a line a run, all seeds as points.
+    """Score and validation loss against pre-training step: a row a task, a line a run, seeds as points.
+
+    A cross is a run that predicts one class.
 
     Args:
         tracks: What is drawn.
@@ -114,6 +120,7 @@ def draw_tracks(
                 if (baseline := (baselines or {}).get((task, measure))) is not None:
                     axes.axhline(baseline, color=GREY, linewidth=1, linestyle=":", label="from scratch")
                 axes.set_title(f"{task}: {words}")
+                _widen(axes)
         for axes in rows[-1]:
             axes.set_xlabel("update of pre-training")
         handles = {label: handle for row in rows for handle, label in _handles(row)}
@@ -124,13 +131,22 @@ def draw_tracks(
 
 
 def _draw_track(axes: Axes, track: Track, measure: str, style: dict[str, Any], label: str) -> None:
-    """Mean, 95 % interval as a band, seeds as points."""
+    """Mean, 95 % interval as a band, seeds as points; crosses are runs that predict one class."""
     axes.plot(track.steps, track.mean(measure), label=label, **style)
     low, high = track.interval(measure).T
     axes.fill_between(track.steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
     for step, entry in zip(track.steps, track.entries, strict=True):
-        values = [_or_nan(seed[measure]) for seed in entry["seeds"]]
-        axes.scatter([step] * len(values), values, s=7, color=style["color"], alpha=0.5, linewidths=0)
+        for marker, one_class in ((".", False), ("x", True)):
+            seeds = [seed for seed in entry["seeds"] if seed["degenerate"] == one_class]
+            values = [_or_nan(seed[measure]) for seed in seeds]
+            axes.scatter([step] * len(values), values, 22, style["color"], marker, alpha=0.6, linewidths=1)
+
+
+def _widen(axes: Axes) -> None:
+    """Show at least a twentieth: an example more or less must not look like progress."""
+    low, high = axes.get_ylim()
+    if (lacking := 0.05 - (high - low)) > 0:
+        axes.set_ylim(low - lacking / 2, high + lacking / 2)
 
 
 def _handles(row: np.ndarray) -> list[tuple[Any, str]]:

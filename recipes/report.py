@@ -72,7 +72,8 @@ where their batches have the same size, and seeds differ in weights, order, mask
 """
 GLUE = """
 Each checkpoint of a run, fine-tuned. Line: mean over the seeds of fine-tuning; band: its 95 % t-interval;
-points: seeds. Seeds of pre-training are lines of their own: the band does not hold their spread.
+points: seeds, a cross where one class is predicted. Seeds of pre-training are lines of their own: the band
+does not hold their spread.
 """
 # Section, file, drawing, the arms that it draws, caption.
 Arms = Callable[[StudyCurves], list[ArmCurves]]

@@ -11,7 +11,7 @@ from recipes.arguments import UserError
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "task '': allowed: all, cola"),
+        ([], "task: is needed; allowed: all, cola"),
         (["--task", "mrcp"], "task 'mrcp': did you mean mrpc?"),
         (["--task", "SST-2"], "task 'SST-2': did you mean sst2?"),
         (["--task", "mrpc,imdb"], "task 'imdb': allowed: all, cola"),

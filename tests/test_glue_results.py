@@ -60,7 +60,10 @@ def test_without_scores_the_report_has_no_such_section(runs, monkeypatch):
         (None, "No such file"),
         ("{}", "is no results.json"),
         ("[1", "is no results.json"),
-        (json.dumps({"results": summarise([make_result()])}), "holds none of the runs .* no run with two"),
+        (
+            json.dumps({"results": summarise([make_result()])}),
+            "holds two or more checkpoints of no run .*: none",
+        ),
     ],
 )
 def test_a_file_that_does_not_belong_to_the_runs(tmp_path, text, message):
