@@ -66,7 +66,7 @@ def screen(
     first = models[0]
     new = ", ".join(first.new_parameters) or "nothing: the head that it brings is kept"
     new = "everything" if first.source.from_scratch else new
-    yield f"new         {new}"
+    yield f"initialised {new}"
     yield f"input       at most {first.max_length} tokens"
     yield f"data        {args.data_dir or 'nyu-mll/glue'}"
     for job in {job.task.name: job for job in jobs}.values():
@@ -74,8 +74,8 @@ def screen(
         longer = f", {cut:,} of them longer than the input and cut" if cut else ""
         yield f"task        {job.task.name}: {job.train_examples:,} training examples{longer}"
     settings = list(dict.fromkeys(job.setting for job in jobs))
-    yield f"settings    {_count(len(settings), 'setting')}: {_axes(settings)}"
-    yield f"epoch       {'the best' if args.load_best_model_at_end else 'the last'} of a run is reported"
+    yield f"settings    {len(settings)}: {_axes(settings)}"
+    yield f"reported    the {'best' if args.load_best_model_at_end else 'last'} epoch of each run"
     yield f"runs        {len(jobs)}: {_count(args.seeds, 'seed')} a setting; {workers.describe()}"
     if done := len(jobs) - len(missing):
         yield f"finished    {done} of them are there already"
@@ -180,9 +180,9 @@ def _results_in(file: Path) -> Any:
 def _markdown(entries: list[dict[str, Any]], settings: dict[str, Any], tracks: list[Track]) -> Iterator[str]:
     epoch = BEST_EPOCH if settings.get("load_best_model_at_end") else "The last epoch is reported."
     yield from ("# GLUE", "", " ".join((EXPLANATION + epoch).split()), "")
-    told = {"max_seq_length": "inputs of at most {} tokens", "bf16": "bfloat16 autocast {}"}
-    yield from (f"- {words.format(settings[name])}" for name, words in told.items() if name in settings)
-    yield ""
+    if "max_seq_length" in settings:
+        precision = "bfloat16 autocast" if settings["bf16"] else "float32"
+        yield from (f"Inputs of at most {settings['max_seq_length']} tokens; trained in {precision}.", "")
     selected = [entry for entry in entries if entry["selected"]]
     tasks = [name for name in TASKS if any(entry["task"] == name for entry in selected)]
     models = dict.fromkeys((e["model"]["name"], e["model"]["fingerprint"]) for e in selected)

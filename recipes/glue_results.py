@@ -139,7 +139,9 @@ def _draw_track(axes: Axes, track: Track, measure: str, style: dict[str, Any], l
         for marker, one_class in ((".", False), ("x", True)):
             seeds = [seed for seed in entry["seeds"] if seed["degenerate"] == one_class]
             values = [_or_nan(seed[measure]) for seed in seeds]
-            axes.scatter([step] * len(values), values, 22, style["color"], marker, alpha=0.6, linewidths=1)
+            axes.scatter(
+                [step] * len(values), values, 22, style["color"], marker=marker, alpha=0.6, linewidths=1
+            )
 
 
 def _widen(axes: Axes) -> None:

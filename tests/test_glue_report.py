@@ -123,6 +123,16 @@ def test_the_best_epoch_is_said_to_be_chosen(tmp_path):
     assert "The last epoch is reported" in (tmp_path / "results.md").read_text()
 
 
+def test_how_inputs_were_cut_is_said(tmp_path):
+    write_report(summarise([make_result()]), SETTINGS | {"max_seq_length": 32, "bf16": False}, tmp_path)
+    assert "Inputs of at most 32 tokens; trained in float32." in (tmp_path / "results.md").read_text()
+
+
+def test_runs_of_one_class_are_marked_where_they_are_read_first(tmp_path):
+    write_report(summarise([make_result(degenerate=True), make_result(seed=2)]), SETTINGS, tmp_path)
+    assert "(1 of 2 degenerate) |" in (tmp_path / "results.md").read_text().split("## Metrics")[0]
+
+
 def test_settings_of_a_grid_are_told_apart_whatever_they_vary(tmp_path):
     results = [
         make_result(weight_decay=decay, warmup_steps=share) for decay in (0.0, 0.01) for share in (0.1, 5.0)

@@ -51,7 +51,7 @@ def test_the_command_leaves_results_and_a_folder_can_grow(glue, tmp_path):
     """More seeds and tasks are added; what is finished stays; a finished folder is left alone."""
     done = glue()
     assert done.returncode == 0, done.stderr
-    assert "new         bert.pooler.dense.bias" in done.stdout
+    assert "initialised bert.pooler.dense.bias" in done.stdout
     output = tmp_path / "output" / "glue"
     results = json.loads((output / "results.json").read_text())["results"]
     (entry,) = results
@@ -168,7 +168,7 @@ def test_rte_may_start_from_a_model_of_mnli(glue, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     # The pooler comes along; three classes become two.
-    assert "new         classifier.bias, classifier.weight\n" in done.stdout
+    assert "initialised classifier.bias, classifier.weight\n" in done.stdout
 
 
 @pytest.mark.parametrize(
