@@ -64,7 +64,7 @@ def test_the_command_leaves_results_and_a_folder_can_grow(glue, tmp_path):
     assert len(first) == 2 and all(r["validation_examples"] == 40 for r in first.values())
 
     before = contents(output)
-    assert "2 are there already" in (again := glue()).stdout and again.returncode == 0
+    assert "2 of them are there already" in (again := glue()).stdout and again.returncode == 0
     assert "accuracy" in again.stdout.splitlines()[-1]
     assert contents(output) == before
 
@@ -255,5 +255,5 @@ def test_the_baseline_from_scratch_stands_beside_the_model_and_not_in_its_card(g
 def test_a_path_in_another_spelling_is_the_same_model(glue, tmp_path):
     assert glue(seeds=1).returncode == 0
     again = glue(seeds=1, model_name_or_path=tmp_path / "model")
-    assert "1 are there already" in again.stdout
+    assert "1 of them are there already" in again.stdout
     assert "accuracy" in again.stdout.splitlines()[-1]
