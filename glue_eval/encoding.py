@@ -18,7 +18,8 @@ from recipes.tokenization import tokenizer_fingerprint
 FORMAT = 1
 # So many batches are sorted by length together: padding nearly vanishes, and batches stay random.
 BATCHES_SORTED_TOGETHER = 50
-# An update sees few of the batches of an epoch as neighbours in length: at least so many sorted groups.
+# But a small split is cut into at least so many groups: sorted as a whole, its batches would be the same in
+# every epoch.
 SMALLEST_NUMBER_OF_GROUPS = 4
 EVAL_TOKENS = 16_384  # of a batch, padding included
 

@@ -14,6 +14,7 @@ from glue_eval.tasks import TASKS
 from recipes.arguments import UserError
 from recipes.figures import COLORS, LINES, save_figure
 from recipes.files import write_json, write_text
+from recipes.findings import DASH
 from recipes.glue_results import MEASURES, Track, draw_tracks, trajectories
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from glue_eval.models import Model
 
 FORMAT = 1
-DASH = "–"
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scikit-learn", "scipy")
 SHORT = {
     "matthews_correlation": "Matthews",

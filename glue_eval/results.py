@@ -32,17 +32,16 @@ class Results:
     def __init__(self, output_dir: Path) -> None:
         self.output_dir = output_dir
 
-    def check(self, settings: dict[str, Any], option: str = "output_dir") -> None:
+    def check(self, settings: dict[str, Any]) -> None:
         """Refuse a folder of other settings or of other things.
 
         Args:
             settings: What decides the figures; tasks that are new to the folder are no difference.
-            option: What the folder is called in messages.
 
         Raises:
             UserError: Names the difference.
         """
-        file, where = self.output_dir / SETTINGS, f"{option} {self.output_dir}"
+        file, where = self.output_dir / SETTINGS, f"output_dir {self.output_dir}"
         if not file.exists():
             if self._is_foreign():
                 raise UserError(f"{where}: holds files but no GLUE results; choose an empty or a new folder")
