@@ -8,6 +8,7 @@ from huggingface_hub.dataclasses import strict, validated_field
 from transformers import BertConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from .attention import GLOBAL, QK_NORMS
 from .norms import NORMS
 from .placements import PLACEMENTS
 
@@ -29,8 +30,27 @@ AUTO_MAP = {
     "AutoModelForTokenClassification": "modeling_bert_ln.BertLnForTokenClassification",
 }
 
-# The fields that say what the layers compute, whatever their number and size.
+# The fields that say what the layers compute, whatever their number and size. Those of the second list count
+# where they are not the default: every config of a method has the method's own.
 LAYERS = ("norm_placement", "norm_type", "embedding_norm")
+LAYER_DETAILS = (
+    "ada_norm_k",
+    "ada_norm_scale",
+    "attention_window",
+    "attention_window_causal",
+    "attention_window_global",
+    "deep_norm_alpha",
+    "frn_tlu",
+    "hybrid_norm_star",
+    "mix_ln_alpha",
+    "normformer_residual_scale",
+    "qk_norm",
+    "recursive_skip_order",
+    "recursive_skip_shared_norm",
+    "residual_dual_scale",
+)
+
+INITIALIZERS = ("normal", "xavier_normal")
 
 SMALLEST = {
     "vocab_size": 1,
@@ -40,7 +60,20 @@ SMALLEST = {
     "intermediate_size": 1,
     "max_position_embeddings": 1,
     "type_vocab_size": 1,
+    "recursive_skip_order": 1,
 }
+POSITIVE = (
+    "admin_omega",
+    "ada_norm_scale",
+    "b2t_gain",
+    "deep_norm_alpha",
+    "deep_norm_beta",
+    "dyt_alpha",
+    "residual_dual_scale",
+    "sub_ln_gain",
+    "t_fixup_embedding_gain",
+    "t_fixup_gain",
+)
 
 # Configs on the Hub carry extras such as `layer_norm_epsilon` (similarity 0.875 to a field), which must pass;
 # one letter wrong in `norm_placement` gives 0.96.
@@ -68,8 +101,16 @@ class BertLnConfig(BertConfig):
     - `norm_placement`: where the norm sits relative to the residual addition, a name in
       `placements.PLACEMENTS`.
     - `norm_type`: which norm, a name in `norms.NORMS`.
-    - `embedding_norm`: keep BERT's norm after the embeddings. Xiong et al. 2020 do not say whether their
-      Pre-LN has it.
+    - `embedding_norm`: keep BERT's norm after the embeddings; None, the default, means true but for the
+      placements without norms. Xiong et al. 2020 do not say whether their Pre-LN has it.
+    - `initializer`: how matrices start: "normal", N(0, initializer_range^2), as in BERT, or "xavier_normal";
+      None, the default, takes what the placement's paper has. Embeddings start as in BERT.
+    - `qk_norm`: a norm on the queries and keys of each head, a name in `attention.QK_NORMS`, or None.
+    - `attention_window`: how many positions away a token sees others (N-gram attention), or None for all;
+      with `attention_window_causal` those before it only. `attention_window_global` says what the window does
+      not bind: "cls", the first token of each document; "last_layer"; or "none".
+    - the factors of a method, which begin with its name; see `placements`, `norms` and `attention` for each.
+      None means the paper's value, which a saved config holds.
     - `sparse_prediction`: compute vocabulary scores for the masked positions only, in training. A way of
       running a model and not a property of it: a saved config always says false.
 
@@ -90,7 +131,30 @@ class BertLnConfig(BertConfig):
     layer_norm_eps: float | dict[str, float] = 1e-12
     norm_placement: str = validated_field(_one_of(PLACEMENTS), default="pre")
     norm_type: str = validated_field(_one_of(NORMS), default="layer_norm")
-    embedding_norm: bool = True
+    embedding_norm: bool | None = None
+    initializer: str | None = validated_field(_one_of((*INITIALIZERS, None)), default=None)
+    ada_norm_scale: float = 1.0
+    ada_norm_k: float = 0.1
+    frn_tlu: bool = False
+    dyt_alpha: float = 0.5
+    sub_ln_gain: float | None = None
+    normformer_residual_scale: bool = False
+    deep_norm_alpha: float | None = None
+    deep_norm_beta: float | None = None
+    b2t_gain: float | None = None
+    residual_dual_scale: float = 1.0
+    admin_omega: float | None = None
+    recursive_skip_order: int = 2
+    recursive_skip_shared_norm: bool = False
+    mix_ln_alpha: float = 0.25
+    hybrid_norm_star: bool = False
+    t_fixup_gain: float | None = None
+    t_fixup_embedding_gain: float | None = None
+    qk_norm: str | None = validated_field(_one_of((*QK_NORMS, None)), default=None)
+    qk_norm_length: int | None = None
+    attention_window: int | None = None
+    attention_window_causal: bool = False
+    attention_window_global: str = validated_field(_one_of(GLOBAL), default="cls")
     sparse_prediction: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -99,7 +163,15 @@ class BertLnConfig(BertConfig):
                 raise ValueError(f"layer_norm_eps={self.layer_norm_eps} must be one number")
             (self.layer_norm_eps,) = self.layer_norm_eps.values()
         self._refuse_misspelt(kwargs)
+        self._take_defaults()
         super().__post_init__(**kwargs)
+
+    def _take_defaults(self) -> None:
+        """Replace None by the paper's value, in the fields for which the placement has one."""
+        if self.norm_placement in PLACEMENTS:  # else the check of the field speaks
+            for name, value in PLACEMENTS[self.norm_placement].defaults(self).items():
+                if getattr(self, name) is None:
+                    setattr(self, name, value)
 
     def _refuse_misspelt(self, names: Iterable[str]) -> None:
         """Raise for a keyword that is no field but looks like one of BERT; others pass, as in every config.
@@ -130,15 +202,85 @@ class BertLnConfig(BertConfig):
         self._require("hidden_act", self.hidden_act in ACT2FN, f"must be one of {sorted(ACT2FN)}")
         is_possible = self.is_decoder or not self.add_cross_attention
         self._require("add_cross_attention", is_possible, "needs is_decoder=True")
+        for name in POSITIVE:
+            self._require(name, (value := getattr(self, name)) is None or value > 0, "must be above 0")
+        self._require("mix_ln_alpha", 0 <= self.mix_ln_alpha <= 1, "must be between 0 and 1")
+        self._check_method()
+        self._check_attention()
+
+    def _check_method(self) -> None:
+        """Raise ValueError where placement and norm make no sense together, and for factors of others."""
+        placement, norm = self.norm_placement, self.norm_type
+        if reason := PLACEMENTS[placement].refusal(norm):
+            pair = f"norm_type={norm!r} is not possible with norm_placement={placement!r}"
+            raise ValueError(f"{pair}: {reason}")
+        for option, chosen, methods in (
+            ("norm_placement", placement, PLACEMENTS),
+            ("norm_type", norm, NORMS),
+            ("qk_norm", "qk_norm" if self.qk_norm else None, ["qk_norm"]),
+            ("attention_window", "attention_window" if self.attention_window else None, ["attention_window"]),
+        ):
+            for method in methods:
+                # `layer_norm_eps` is BERT's, and that of all norms.
+                if method not in (chosen, "layer_norm"):
+                    self._refuse_factors(method, f"has no effect with {option}={getattr(self, option)!r}")
+        self._require(
+            "embedding_norm",
+            placement != "t_fixup" or not self.embedding_norm,
+            "must be false with norm_placement='t_fixup', which scales the embeddings",
+        )
+        crosses_tokens = norm == "frn"
+        self._require(
+            "norm_type",
+            not (crosses_tokens and self.is_decoder),
+            "needs is_decoder=False: each token would see those after it",
+        )
+        self._require(
+            "chunk_size_feed_forward",
+            not self.chunk_size_feed_forward
+            or not (crosses_tokens or placement in ("b2t", "residual_dual", "re_zero")),
+            f"must be 0 with norm_placement={placement!r} and norm_type={norm!r}, which need whole sequences",
+        )
+
+    def _refuse_factors(self, method: str, reason: str) -> None:
+        """Raise ValueError where a factor of `method`, which is not used, is not what it is by default."""
+        for name, field in self.__dataclass_fields__.items():
+            if name.startswith(method + "_") and getattr(self, name) != field.default:
+                raise ValueError(f"{name}={getattr(self, name)!r} {reason}")
+
+    def _check_attention(self) -> None:
+        """Raise ValueError for what `attention_window` and `qk_norm` cannot have."""
+        window = self.attention_window
+        self._require("attention_window", window is None or window >= 1, "must be None or at least 1")
+        self._require("attention_window", window is None or not self.is_decoder, "needs is_decoder=False")
+        self._require(
+            "attention_window_global",
+            not (self.attention_window_causal and self.attention_window_global == "cls"),
+            "lets all tokens see each other by way of the first; with attention_window_causal=True take "
+            "'none' or 'last_layer'",
+        )
+        has_own = PLACEMENTS[self.norm_placement].qkv_norm
+        self._require(
+            "qk_norm",
+            self.qk_norm is None or not has_own,
+            f"must be None with norm_placement={self.norm_placement!r}, which has norms on queries and keys",
+        )
+        length = self.qk_norm_length
+        self._require("qk_norm_length", length is None or length >= 2, "must be at least 2")
+        self._require(
+            "qk_norm_length", length is None or self.qk_norm == "l2", "has no effect without qk_norm='l2'"
+        )
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:
             raise ValueError(f"{name}={getattr(self, name)!r} {allowed}")
 
     @property
-    def layers(self) -> dict[str, str | bool]:
-        """What the layers compute: the fields `LAYERS`."""
-        return {name: getattr(self, name) for name in LAYERS}
+    def layers(self) -> dict[str, Any]:
+        """What the layers compute: the fields `LAYERS`, and the `LAYER_DETAILS` that are not the default."""
+        fields = self.__dataclass_fields__
+        details = [name for name in LAYER_DETAILS if getattr(self, name) != fields[name].default]
+        return {name: getattr(self, name) for name in (*LAYERS, *details)}
 
     @property
     def has_stock_layers(self) -> bool:
@@ -154,6 +296,7 @@ class BertLnConfig(BertConfig):
         config = result[0] if isinstance(result, tuple) else result
         config._refuse_misspelt(name for name in kwargs if not hasattr(config, name))
         # The base class assigns overrides after it has validated the dictionary.
+        config._take_defaults()
         config.validate()
         return result
 

@@ -173,7 +173,7 @@ def _stock_side(config: PreTrainedConfig, to: str) -> str:
 def _check(config: PreTrainedConfig, head: str, to: str, stock: str) -> None:
     """Raise ValueError where the stock family and `config` with `head` do not compute the same."""
     family = STOCK[stock]
-    wanted = {name: getattr(config, name, value) for name, value in family.layers.items()}
+    wanted = config.layers if isinstance(config, BertLnConfig) else family.layers
     if wanted != family.layers:
         raise ValueError(f"{to} computes {family.layers}, not {wanted}{_advice(wanted)}")
     if head not in family.heads:

@@ -10,14 +10,16 @@ whatever the placement.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_bidirectional_mask, packed_sequence_mask_function
+from transformers.masking_utils import and_masks, create_bidirectional_mask, packed_sequence_mask_function
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions, MaskedLMOutput
 from transformers.models.bert.modeling_bert import (
     BertAttention,
@@ -44,10 +46,21 @@ from transformers.models.bert.modeling_bert import (
 )
 from transformers.utils.generic import can_return_tuple
 
+from .attention import L2Norm, normalise_heads, window_mask_function
 from .configuration_bert_ln import BertLnConfig
-from .norms import NORMS, build_norm
-from .placements import PLACEMENTS
+from .norms import NORM_CLASSES, NORMS, build_norm, segments_of
+from .placements import (
+    ATTENTION,
+    CROSS_ATTENTION,
+    FEED_FORWARD,
+    PLACEMENTS,
+    ResidualBranch,
+    Stream,
+    build_branch,
+)
 
+# Modules whose own parameters an optimiser must not decay: gains, biases, and factors whose aim is not 0.
+NO_WEIGHT_DECAY = (*NORM_CLASSES, L2Norm, ResidualBranch)
 IGNORED = -100  # a label that is not predicted, as everywhere in transformers
 
 
@@ -73,18 +86,19 @@ class BertLnAttention(BertAttention):
         self.is_cross_attention = is_cross_attention
         attention = BertCrossAttention if is_cross_attention else BertSelfAttention
         self.self = attention(config, is_causal=is_causal, layer_idx=layer_idx)
-        self.output = PLACEMENTS[config.norm_placement](config, config.hidden_size)
+        normalise_heads(self.self, config, with_values=PLACEMENTS[config.norm_placement].qkv_norm)
+        self.output = build_branch(config, layer_idx, CROSS_ATTENTION if is_cross_attention else ATTENTION)
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: Stream,
         attention_mask: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
-        """Return the new stream `[batch, length, hidden]`; weights are recorded at `self.self`."""
+    ) -> tuple[Stream, None]:
+        """Return the new stream, see `placements`; attention weights are recorded at `self.self`."""
         mask = encoder_attention_mask if self.is_cross_attention else attention_mask
 
         def attend(x: torch.Tensor) -> torch.Tensor:
@@ -108,14 +122,43 @@ class BertLnLayer(BertLayer):
         self.seq_len_dim = 1
         self.is_decoder = config.is_decoder
         self.add_cross_attention = config.add_cross_attention
+        is_last = layer_idx == config.num_hidden_layers - 1
+        self.has_window = not (is_last and config.attention_window_global == "last_layer")
         self.attention = BertLnAttention(config, is_causal=config.is_decoder, layer_idx=layer_idx)
         if config.add_cross_attention:
             self.crossattention = BertLnAttention(config, layer_idx=layer_idx, is_cross_attention=True)
         self.intermediate = BertIntermediate(config)
-        self.output = PLACEMENTS[config.norm_placement](config, config.intermediate_size)
+        self.output = build_branch(config, layer_idx, FEED_FORWARD)
+        self._note_gains(config)
 
-    def feed_forward_chunk(self, attention_output: torch.Tensor) -> torch.Tensor:
-        """Apply the feed-forward branch: `[batch, length, hidden]` to the same."""
+    def _note_gains(self, config: BertLnConfig) -> None:
+        """Leave with each matrix by what its first values are multiplied, for `_init_weights`."""
+        placement = PLACEMENTS[config.norm_placement]
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear) and name.endswith(placement.gained):
+                module.init_gain = placement.gain(config)
+
+    def forward(
+        self,
+        hidden_states: Stream,
+        attention_mask: torch.Tensor | None = None,
+        *args: Any,
+        window_mask: torch.Tensor | None = None,
+        segments: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Stream:
+        """Return the new stream, see `placements`; arguments as in `BertLayer`, and
+
+        `window_mask`, the attention mask where the layer has a window, in the form of `attention_mask`;
+        `segments` `[batch, length]`, for the norms that cross tokens (`norms.segments_of`).
+        """
+        if window_mask is not None and self.has_window:
+            attention_mask = window_mask
+        with segments_of(self, segments):
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+
+    def feed_forward_chunk(self, attention_output: Stream) -> Stream:
+        """Apply the feed-forward branch to the stream."""
         return self.output(attention_output, self.intermediate)
 
 
@@ -128,15 +171,15 @@ class BertLnEncoder(BertEncoder):
         self.layer = nn.ModuleList(
             [BertLnLayer(config, layer_idx=i) for i in range(config.num_hidden_layers)]
         )
-        if PLACEMENTS[config.norm_placement].final_norm:
-            self.final_norm = build_norm(config, config.hidden_size)
-        else:
-            self.final_norm = nn.Identity()
+        self.placement = PLACEMENTS[config.norm_placement]
+        has_norm = self.placement.final_norm
+        self.final_norm = build_norm(config, config.hidden_size) if has_norm else nn.Identity()
 
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Run all layers: `[batch, length, hidden]` to the same, after the final norm where there is one."""
         output = super().forward(*args, **kwargs)
-        output.last_hidden_state = self.final_norm(output.last_hidden_state)
+        with segments_of(self.final_norm, kwargs.get("segments")):
+            output.last_hidden_state = self.placement.finish(output.last_hidden_state, self.final_norm)
         return output
 
 
@@ -152,11 +195,40 @@ class BertLnPreTrainedModel(BertPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Give a norm its own first values; the base class knows norms by the names of their classes."""
-        if isinstance(module, tuple(NORMS.values())):
+        """Set the first values of a module's own parameters.
+
+        Norms and branches know theirs. Matrices follow `config.initializer` and the gain of the placement,
+        embeddings its deviation. The same seed draws the same numbers, whatever these are.
+        """
+        if isinstance(module, (*NORMS.values(), L2Norm, ResidualBranch)):
             module.reset_parameters()
+        elif isinstance(module, nn.Linear):
+            self._init_matrix(module.weight, getattr(module, "init_gain", 1.0))
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=PLACEMENTS[self.config.norm_placement].embedding_std(self.config))
+            # The row of a loaded table does not carry the mark of its table.
+            if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
+                init.zeros_(module.weight[module.padding_idx])
         else:
             super()._init_weights(module)
+
+    def _init_matrix(self, weight: torch.Tensor, gain: float) -> None:
+        """Draw a matrix `[out, in]` with variance (gain initializer_range)^2, or Xavier: 2 gain^2 / (in + out)."""
+        if self.config.initializer == "xavier_normal":
+            init.xavier_normal_(weight, gain=gain)
+        else:
+            init.normal_(weight, std=gain * self.config.initializer_range)
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
+    ) -> None:
+        """Refuse the reentrant way where layers hand on two streams: it would lose gradients."""
+        is_reentrant = getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant", False)
+        if enable and is_reentrant and self.config.norm_placement == "residual_dual":
+            raise ValueError("use_reentrant=True is not possible with norm_placement='residual_dual'")
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -227,12 +299,13 @@ def _stray_norms(keys: Iterable[str]) -> list[str]:
 
 
 def _is_norm(key: str) -> bool:
-    """Whether a parameter is that of a norm on the residual stream, ours or (`ln`) of Megatron-BERT."""
+    """Whether a parameter is that of a norm, ours or (`ln`) of Megatron-BERT, or a factor of a branch."""
     *modules, _ = key.split(".")
     in_stream = "encoder" in modules or "embeddings" in modules
     # Cross-attention may be new: a decoder that starts from an encoder has to train it.
-    is_norm = bool(modules) and (modules[-1] == "ln" or "norm" in modules[-1].lower())
-    return in_stream and is_norm and "crossattention" not in modules
+    is_norm = "ln" in modules or any("norm" in module.lower() for module in modules)
+    is_factor = modules[-1:] == ["output"]  # the branch's own, such as omega
+    return in_stream and (is_norm or is_factor) and "crossattention" not in modules
 
 
 class BertLnModel(BertLnPreTrainedModel, BertModel):
@@ -269,50 +342,90 @@ class BertLnModel(BertLnPreTrainedModel, BertModel):
         tokens of its own document only. Positions are not touched; give `position_ids` where each document
         starts at 0.
         """
-        if document_ids is not None:
-            like = inputs_embeds if inputs_embeds is not None else self.embeddings.word_embeddings.weight
-            attention_mask = self._isolate(document_ids, attention_mask, like)
-        return super().forward(
-            input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            encoder_hidden_states=encoder_hidden_states,
-            encoder_attention_mask=encoder_attention_mask,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        shape = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
+        attention_mask, masks = self._masks(document_ids, attention_mask, shape)
+        with segments_of(self.embeddings, masks.get("segments")):
+            return super().forward(
+                input_ids,
+                attention_mask=attention_mask,
+                token_type_ids=token_type_ids,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                encoder_hidden_states=encoder_hidden_states,
+                encoder_attention_mask=encoder_attention_mask,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **masks,
+                **kwargs,
+            )
 
-    def _isolate(self, document_ids: torch.Tensor, padding: torch.Tensor | None, like: torch.Tensor) -> Any:
-        """Return the attention mask of isolated documents, in the form that the attention kernel takes.
+    def _masks(
+        self, document_ids: torch.Tensor | None, padding: torch.Tensor | None, shape: torch.Size
+    ) -> tuple[Any, dict[str, Any]]:
+        """Return the attention mask of all layers, and what layers get besides: see `BertLnLayer.forward`.
 
         `document_ids` are `[batch, length]`, or `[batch, choices, length]` as multiple choice gets them;
-        `padding` is 1 for real tokens, `[rows, length]`; `like` has the dtype of the scores.
+        `padding` is 1 for real tokens, `shape` = `[rows, length]`.
         """
-        kernel = self.config._attn_implementation
-        if "flash" in kernel or self.config.is_decoder:
+        has_window = self.config.attention_window is not None
+        crosses_tokens = hasattr(NORMS[self.config.norm_type], "segments")
+        if document_ids is None and not has_window and not (crosses_tokens and padding is not None):
+            return padding, {}
+        self._check_isolation(document_ids, padding)
+        documents = self._documents(document_ids, padding, shape)
+        first = (documents.unsqueeze(1) == documents.unsqueeze(2)).int().argmax(-1)  # [rows, length]
+        masks: dict[str, Any] = {"segments": first} if crosses_tokens else {}
+        if has_window:
+            is_first = first == torch.arange(first.shape[1], device=first.device)
+            masks["window_mask"] = self._isolated(documents, window_mask_function(self.config, is_first))
+        return (padding if document_ids is None else self._isolated(documents)), masks
+
+    def _check_isolation(self, document_ids: torch.Tensor | None, padding: torch.Tensor | None) -> None:
+        """Raise ValueError where the attention kernel, or the form of `padding`, has no way to isolate."""
+        option = "attention_window" if document_ids is None else "document_ids"
+        if document_ids is None and self.config.attention_window is None:
+            option = f"norm_type={self.config.norm_type!r}"
+        elif "flash" in self.config._attn_implementation or self.config.is_decoder:
             raise ValueError(
-                "document_ids need an encoder with attn_implementation 'eager', 'sdpa' or 'flex_attention', "
-                f"got {kernel!r} with is_decoder={self.config.is_decoder}"
+                f"{option} need an encoder with attn_implementation 'eager', 'sdpa' or 'flex_attention', "
+                f"got {self.config._attn_implementation!r} with is_decoder={self.config.is_decoder}"
             )
-        document_ids = document_ids.long().flatten(0, -2)  # [rows, length]
-        if padding is not None:
-            if padding.ndim != 2:
-                shape = tuple(padding.shape)
-                raise ValueError(f"document_ids need an attention_mask [batch, length], got shape {shape}")
-            # Each padding token becomes a document of its own: nobody attends to it, and no row is left
-            # empty, which would be NaN after the softmax.
-            alone = document_ids.amax() + 1 + torch.arange(document_ids.shape[1], device=document_ids.device)
-            document_ids = torch.where(padding.bool(), document_ids, alone)
-        # create_bidirectional_mask reads shape, dtype and device only.
-        states = torch.empty(1, dtype=like.dtype, device=document_ids.device).expand(*document_ids.shape, 1)
+        if padding is not None and padding.ndim != 2:
+            raise ValueError(
+                f"{option} need an attention_mask [batch, length], got shape {tuple(padding.shape)}"
+            )
+
+    def _documents(
+        self, document_ids: torch.Tensor | None, padding: torch.Tensor | None, shape: torch.Size
+    ) -> torch.Tensor:
+        """Return the number of each token's document, int64 `[rows, length]`.
+
+        Each padding token becomes a document of its own: nobody attends to it, and no row is left empty,
+        which would be NaN after the softmax.
+        """
+        if document_ids is None:
+            device = self.embeddings.position_ids.device if padding is None else padding.device
+            documents = torch.zeros(shape, dtype=torch.long, device=device)
+        else:
+            documents = document_ids.long().flatten(0, -2)
+        if padding is None:
+            return documents
+        alone = documents.amax() + 1 + torch.arange(documents.shape[1], device=documents.device)
+        return torch.where(padding.bool(), documents, alone)
+
+    def _isolated(self, documents: torch.Tensor, *also: Callable[..., torch.Tensor]) -> Any:
+        """Return the mask of attention within `documents` `[rows, length]`, where all of `also` allow it.
+
+        It has the form that the attention kernel takes.
+        """
+        # create_bidirectional_mask reads shape, dtype and device only; scores have the dtype of the weights.
+        dtype = self.embeddings.word_embeddings.weight.dtype
+        states = torch.empty(1, dtype=dtype, device=documents.device).expand(*documents.shape, 1)
         return create_bidirectional_mask(
             config=self.config,
             inputs_embeds=states,
             attention_mask=None,
-            and_mask_function=packed_sequence_mask_function(document_ids),
+            and_mask_function=and_masks(packed_sequence_mask_function(documents), *also),
         )
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bert_ln.norms import NORM_CLASSES
+from bert_ln.placements import Stream
 from recipes.masking import IGNORED
 
 Batch = dict[str, torch.Tensor]
@@ -102,7 +103,7 @@ class Watch:
     def __enter__(self) -> "Watch":
         encoder = self.model.base_model
         layers = encoder.encoder.layer
-        self.tokens, self.norm_inputs = 0, {}
+        self.tokens, self.norm_inputs, self.last_norm = 0, {}, (None, None)
         self.hidden_states = [0.0] * len(layers)
         self.energies, self.products = [0.0] * len(layers), [0.0] * (len(layers) - 1)
         self.handles = [
@@ -125,7 +126,8 @@ class Watch:
         return hook
 
     def _see_layer(self, number: int) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Stream) -> None:
+            output = output[0] if isinstance(output, tuple) else output
             if number == 0:
                 self.outputs.clear()
                 self.tokens += output.shape[:-1].numel()
@@ -165,14 +167,14 @@ def keep_bert(model: PreTrainedModel) -> None:
 
 
 def xavier_(model: PreTrainedModel) -> None:
-    """Draw every linear matrix from N(0, 2 / (n_in + n_out)) (Glorot and Bengio 2010), biases 0.
+    """Draw every linear matrix from N(0, 2 gain^2 / (n_in + n_out)) (Glorot and Bengio 2010), biases 0.
 
-    All but the output matrix, which is the word embedding.
+    The gain is 1 but where the placement has its own. All but the output matrix, which is the word embedding.
     """
     embedding = model.get_input_embeddings().weight
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.weight is not embedding:
-            nn.init.xavier_normal_(module.weight)
+            nn.init.xavier_normal_(module.weight, gain=getattr(module, "init_gain", 1.0))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bert_ln.norms import NORM_CLASSES
+from bert_ln.modeling_bert_ln import NO_WEIGHT_DECAY
 from recipes.arguments import OptimizationArguments
 
 Groups = list[dict[str, Any]]
@@ -58,7 +58,7 @@ OPTIMIZERS: dict[str, Callable[[Groups, OptimizationArguments], torch.optim.Opti
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The parameters that decay, and those that do not: biases and everything inside a norm.
+    """The parameters that decay, and those that do not: biases, norms, and factors on heads and branches.
 
     By module type, because names differ between placements. (BERT, `optimization.py` of
     google-research/bert: no decay on LayerNorm and bias.)
@@ -71,7 +71,7 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 def _exempt_ids(model: nn.Module) -> Iterator[int]:
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, NORM_CLASSES) or name == "bias":
+            if isinstance(module, NO_WEIGHT_DECAY) or name == "bias":
                 yield id(parameter)
 
 
