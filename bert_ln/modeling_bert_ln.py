@@ -215,7 +215,7 @@ class BertLnPreTrainedModel(BertPreTrainedModel):
             super()._init_weights(module)
 
     def _init_matrix(self, weight: torch.Tensor, gain: float) -> None:
-        """Draw a matrix `[out, in]` with variance (gain initializer_range)^2, or Xavier: 2 gain^2 / (in + out)."""
+        """Draw `[out, in]` with variance (gain initializer_range)^2, or Xavier, 2 gain^2 / (in + out)."""
         if self.config.initializer == "xavier_normal":
             init.xavier_normal_(weight, gain=gain)
         else:

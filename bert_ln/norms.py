@@ -85,7 +85,8 @@ class AdaNorm(nn.Module):
     """AdaNorm: `C (1 - k y) y` with `y = (v - mu) / sigma`; the whole factor `C (1 - k y)` is a constant
     backwards. No parameters.
 
-    C is `config.ada_norm_scale` and k `config.ada_norm_k`. The output's mean over the features is -C k, not 0.
+    C is `config.ada_norm_scale` and k `config.ada_norm_k`. The output's mean over the features is -C k, not
+    0.
 
     Source: Xu et al. 2019, arXiv 1911.07013, eq. 1 of the poster; k = 1/10 and the detached factor from the
     authors' code. C is tuned for each task and position (in the code 2 unless given, in its README 1); the
@@ -138,9 +139,9 @@ class FilterResponseNorm(nn.Module):
     for each feature, follows; off by default, since on the residual stream tau = 0 cuts off half of every
     vector. Starts as g = 1, b = 0, tau = 0, e = 1e-4.
 
-    Source: Singh and Krishnan 2020, arXiv 1911.09737, section 3. The use in an encoder is an adaptation of our
-    own; the form of the learnt eps is that of public implementations. Every token depends on all others, so
-    there is no causal use, and the length of a token's vector is not controlled.
+    Source: Singh and Krishnan 2020, arXiv 1911.09737, section 3. The use in an encoder is an adaptation of
+    our own; the form of the learnt eps is that of public implementations. Every token depends on all others,
+    so there is no causal use, and the length of a token's vector is not controlled.
     """
 
     removes_scale = False

@@ -7,8 +7,8 @@ dropout, the norms and the factors. A new placement is a class below, with its f
 docstring, and one line in `PLACEMENTS`; a layer never asks which one it has.
 
 A placement that needs more than the stream returns a tuple whose first entry is the stream, which the next
-branch gets. A placement says, as class attributes and methods, what the model around it needs to know: whether
-the encoder ends with a norm, how weights start, which norms make sense. N is the number of layers.
+branch gets. A placement says, as class attributes and methods, what the model around it needs to know:
+whether the encoder ends with a norm, how weights start, which norms make sense. N is the number of layers.
 
 Factors are fields of the config that begin with the placement's name. A field that is None there gets the
 paper's value (`defaults`) when the config is made.
@@ -117,8 +117,8 @@ class PreNorm(ResidualBranch):
     """Pre-LN: `x <- x + f(LN(x))`, and one more norm after the last layer.
 
     Source: Xiong et al. 2020, arXiv 2002.04745, Table 1, right column (`x_Final = LN(x_{L+1})`). The norm has
-    a name that stock BERT lacks: a class that would compute Post-LN from these weights must not find it. So it
-    is in all placements but Post-LN.
+    a name that stock BERT lacks: a class that would compute Post-LN from these weights must not find it. So
+    it is in all placements but Post-LN.
     """
 
     final_norm = True
@@ -172,9 +172,10 @@ class _ScaleFree(ResidualBranch):
 class SubNorm(_ScaleFree):
     """Sub-LN (Magneto): `x <- x + W LN(f(LN(x)))`, W the output projection.
 
-    One more norm follows the last layer. The inner norm is as wide as what the projection reads: all heads together, or the feed-forward network
-    behind its activation. Values, output projections and both feed-forward matrices start from Xavier normal
-    with the gain `sub_ln_gain` = sqrt(ln 2N), queries and keys with gain 1.
+    One more norm follows the last layer. The inner norm is as wide as what the projection reads: all heads
+    together, or the feed-forward network behind its activation. Values, output projections and both
+    feed-forward matrices start from Xavier normal with the gain `sub_ln_gain` = sqrt(ln 2N), queries and keys
+    with gain 1.
 
     Source: Wang et al. 2022, arXiv 2210.06423, encoder-only, and the authors' torchscale.
     """
@@ -210,8 +211,8 @@ class NormFormer(ResidualBranch):
     `normformer_residual_scale`, which the authors advise for small models only, the skip of the feed-forward
     branch is multiplied by a learnt vector, 1 at the start. One more norm after the last layer.
 
-    Source: Shleifer et al. 2021, arXiv 2110.09456. The place of HeadScale is the paper's (recalled, not read);
-    the code in fairseq multiplies after the output projection.
+    Source: Shleifer et al. 2021, arXiv 2110.09456. The place of HeadScale is the paper's (recalled, not
+    read); the code in fairseq multiplies after the output projection.
     """
 
     final_norm = True
@@ -251,8 +252,9 @@ class DeepNorm(_ScaleFree):
     alpha is `deep_norm_alpha` = (2N)^(1/4). Values, output projections and both feed-forward matrices start
     from Xavier normal with the gain `deep_norm_beta` = (8N)^(-1/4), queries and keys with gain 1.
 
-    Source: Wang et al. 2022 (DeepNet), arXiv 2203.00555, encoder-only, and the authors' torchscale. The factors
-    are derived for Xavier; with `initializer="normal"` the branches are weaker than the derivation takes them.
+    Source: Wang et al. 2022 (DeepNet), arXiv 2203.00555, encoder-only, and the authors' torchscale. The
+    factors are derived for Xavier; with `initializer="normal"` the branches are weaker than the derivation
+    takes them.
     """
 
     gained = BRANCH_MATRICES
@@ -325,7 +327,8 @@ class ResiDual(_ScaleFree):
     Both start from the embeddings, s from c times them. c is `residual_dual_scale`, 1: the last norm takes it
     away again, it only keeps s small in half precision (the authors' deep fp16 models have 0.05).
 
-    Source: Xie et al. 2023, arXiv 2304.14802, and the authors' code (which gives the last norm an eps of 1e-7).
+    Source: Xie et al. 2023, arXiv 2304.14802, and the authors' code (which gives the last norm an eps of
+    1e-7).
     """
 
     final_norm = True
@@ -352,12 +355,13 @@ class Admin(_ScaleFree):
     """Admin: `x <- LN(omega * x + f(x))`, with a learnt vector omega for each branch.
 
     omega starts as `admin_omega` = sqrt((n + 1) / ln(n + 1) - 1), n = 2N the number of branches: the form
-    without a profiling pass, of the authors' package admin-torch. The paper sets it from the measured variance
-    of the branches before each one, which is not built. Afterwards omega may be folded into the weights.
+    without a profiling pass, of the authors' package admin-torch. The paper sets it from the measured
+    variance of the branches before each one, which is not built. Afterwards omega may be folded into the
+    weights.
 
-    Source: Liu et al. 2020, arXiv 2004.08249, and both repositories of the authors. The closed form takes each
-    branch to have variance 1 at the start; with BERT's initialisation it is smaller, so omega is on the safe
-    side. Which initialisation the authors' package expects is not known here; BERT's is kept.
+    Source: Liu et al. 2020, arXiv 2004.08249, and both repositories of the authors. The closed form takes
+    each branch to have variance 1 at the start; with BERT's initialisation it is smaller, so omega is on the
+    safe side. Which initialisation the authors' package expects is not known here; BERT's is kept.
     """
 
     def __init__(self, config: "BertLnConfig", layer_idx: int, kind: str) -> None:
@@ -388,8 +392,8 @@ class RecursiveSkip(_ScaleFree):
     lambda is `recursive_skip_order`, 1 being Post-LN; f is computed once. The norms of the steps have
     parameters of their own, or with `recursive_skip_shared_norm` the same.
 
-    Source: Liu et al. 2020, COLING, arXiv 2105.07205. The formula is recalled and agrees with a public review;
-    whether the authors share the norms is not known, nor is their lambda (2 as default: uncertain).
+    Source: Liu et al. 2020, COLING, arXiv 2105.07205. The formula is recalled and agrees with a public
+    review; whether the authors share the norms is not known, nor is their lambda (2 as default: uncertain).
     """
 
     def __init__(self, config: "BertLnConfig", layer_idx: int, kind: str) -> None:
@@ -502,7 +506,8 @@ class TFixup(_NormFree):
 
     Source: Huang et al. 2020, ICML, and the authors' code for the encoder. There the draw is uniform, of the
     same variance as the normal one here; queries and keys have fairseq's extra 1/sqrt(2); the word embeddings
-    are multiplied by sqrt(hidden) in use, which BERT's are not; and positions are sines, which are not scaled.
+    are multiplied by sqrt(hidden) in use, which BERT's are not; and positions are sines, which are not
+    scaled.
     """
 
     gained = BRANCH_MATRICES
