@@ -73,9 +73,17 @@ def differences(ours: dict[str, Any], other: dict[str, Any]) -> list[str]:
 def _identity(record: dict[str, Any]) -> dict[str, Any]:
     """What a run is, in one flat table."""
     options = {name: value for name, value in record["options"].items() if name not in OPERATIONAL}
-    # A default that is given explicitly is no difference.
-    model = {name: getattr(BertLnConfig, name) for name in MODEL_OPTIONS} | options.pop("model")
-    return options | model | {name: record[name] for name in FACTS if name in record}
+    return (
+        options
+        | model_settings(options.pop("model"))
+        | {name: record[name] for name in FACTS if name in record}
+    )
+
+
+def model_settings(model: dict[str, Any]) -> dict[str, Any]:
+    """Every option of a model of which `model` are given: a default that is given is no difference."""
+    config = BertLnConfig(**model)
+    return {name: getattr(config, name) for name in MODEL_OPTIONS}
 
 
 def check_same_run(output_dir: Path, ours: dict[str, Any]) -> dict[str, Any] | None:

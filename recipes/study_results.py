@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from bert_ln import BertLnConfig
-from recipes.arguments import MODEL_OPTIONS, DataArguments, PretrainingArguments, UserError
+from recipes.arguments import DataArguments, PretrainingArguments, UserError
 from recipes.diagnosis import LOSSES
-from recipes.run_record import OPERATIONAL, Metrics
+from recipes.run_record import OPERATIONAL, Metrics, model_settings
 from recipes.study import Study, arm_label
 
 TRAIN = ("step", "train_loss", "learning_rate", "grad_norm", "tokens_seen", "elapsed_seconds")
@@ -286,9 +285,8 @@ def settings(record: dict[str, Any]) -> dict[str, Any]:
     """What decides the figures of a run besides data and seed: a flat table of options, defaults included."""
     left_out = OPERATIONAL | FROM_FINGERPRINTS | {"seed", "model"}
     options = PretrainingArguments().to_dict() | record["options"]
-    model = {name: getattr(BertLnConfig, name) for name in MODEL_OPTIONS} | options["model"]
     own = {name: value for name, value in options.items() if name not in left_out}
-    return own | model | _batches(record.get("updates", []))
+    return own | model_settings(options["model"]) | _batches(record.get("updates", []))
 
 
 def check_comparable(ours: dict[str, Any], other: dict[str, Any], names: str) -> None:
