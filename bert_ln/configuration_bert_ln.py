@@ -229,7 +229,7 @@ class BertLnConfig(BertConfig):
             placement != "t_fixup" or not self.embedding_norm,
             "must be false with norm_placement='t_fixup', which scales the embeddings",
         )
-        crosses_tokens = norm == "frn"
+        crosses_tokens = NORMS[norm].crosses_tokens
         self._require(
             "norm_type",
             not (crosses_tokens and self.is_decoder),

@@ -368,7 +368,7 @@ class BertLnModel(BertLnPreTrainedModel, BertModel):
         `padding` is 1 for real tokens, `shape` = `[rows, length]`.
         """
         has_window = self.config.attention_window is not None
-        crosses_tokens = hasattr(NORMS[self.config.norm_type], "segments")
+        crosses_tokens = NORMS[self.config.norm_type].crosses_tokens
         if document_ids is None and not has_window and not (crosses_tokens and padding is not None):
             return padding, {}
         self._check_isolation(document_ids, padding)

@@ -8,9 +8,6 @@ transformers makes these leave alone what the folder had.
 In the formulas v is one token's features, mu and sigma^2 their mean and their biased variance, and eps is
 `config.layer_norm_eps`, inside the root. Statistics are computed in float32 at least, whatever the input is:
 BERT's eps of 1e-12 is nothing in half precision.
-
-A placement whose derivation needs a norm that takes away the scale of each token asks for the class attribute
-`removes_scale`.
 """
 
 from collections.abc import Iterator
@@ -30,33 +27,42 @@ def _widened(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-class LayerNorm(nn.LayerNorm):
+class Norm:
+    """What the model around a norm needs to know of it."""
+
+    removes_scale = True
+    """Whether the output does not change when a token's features are multiplied by a number: some placements
+    are derived for such norms."""
+    crosses_tokens = False
+    """Whether the output of a token depends on others: it then has an attribute `segments`."""
+
+    def reset_parameters(self) -> None:
+        """Set the first values of the parameters, where there are any."""
+
+
+class LayerNorm(nn.LayerNorm, Norm):
     """Layer normalisation: `g * (v - mu) / sigma + b`, with gain g and bias b for each feature.
 
     Source: Ba, Kiros, Hinton 2016, arXiv 1607.06450; Xiong et al. 2020, section 3.1. The position of eps and
     its value, `config.layer_norm_eps`, are those of BERT. Starts as g = 1, b = 0 and draws no random numbers.
     """
 
-    removes_scale = True
-
     def __init__(self, config: "BertLnConfig", width: int) -> None:
         super().__init__(width, eps=config.layer_norm_eps)
 
 
-class LayerNormSimple(nn.LayerNorm):
+class LayerNormSimple(nn.LayerNorm, Norm):
     """LayerNorm-simple: `(v - mu) / sigma`, layer normalisation without gain and bias; no parameters.
 
     Source: Xu et al. 2019, arXiv 1911.07013. Their code takes the unbiased deviation and adds its eps of 1e-5
     to it; here both are as in BERT, which at 768 features is a factor of 0.99935.
     """
 
-    removes_scale = True
-
     def __init__(self, config: "BertLnConfig", width: int) -> None:
         super().__init__(width, eps=config.layer_norm_eps, elementwise_affine=False)
 
 
-class DetachNorm(nn.Module):
+class DetachNorm(nn.Module, Norm):
     """DetachNorm: forwards `(v - mu) / sigma`, backwards mu and sigma are constants; no parameters.
 
     So the gradient is only divided by sigma: it is neither re-centred nor re-scaled. A tool to study layer
@@ -64,8 +70,6 @@ class DetachNorm(nn.Module):
 
     Source: Xu et al. 2019, arXiv 1911.07013 (poster, and `mean_detach`, `std_detach` in the authors' code).
     """
-
-    removes_scale = True
 
     def __init__(self, config: "BertLnConfig", width: int) -> None:
         super().__init__()
@@ -77,11 +81,8 @@ class DetachNorm(nn.Module):
         variance, mean = torch.var_mean(wide.detach(), dim=-1, correction=0, keepdim=True)
         return ((wide - mean) * (variance + self.eps).rsqrt()).to(x.dtype)
 
-    def reset_parameters(self) -> None:
-        """Do nothing: there are none."""
 
-
-class AdaNorm(nn.Module):
+class AdaNorm(nn.Module, Norm):
     """AdaNorm: `C (1 - k y) y` with `y = (v - mu) / sigma`; the whole factor `C (1 - k y)` is a constant
     backwards. No parameters.
 
@@ -92,8 +93,6 @@ class AdaNorm(nn.Module):
     authors' code. C is tuned for each task and position (in the code 2 unless given, in its README 1); the
     paper's values are not known here.
     """
-
-    removes_scale = True
 
     def __init__(self, config: "BertLnConfig", width: int) -> None:
         super().__init__()
@@ -106,18 +105,13 @@ class AdaNorm(nn.Module):
         factor = self.scale * (1 - self.k * y.detach())
         return (factor * y).to(x.dtype)
 
-    def reset_parameters(self) -> None:
-        """Do nothing: there are none."""
 
-
-class RMSNorm(nn.RMSNorm):
+class RMSNorm(nn.RMSNorm, Norm):
     """RMSNorm: `g * v / sqrt(mean(v^2) + eps)`, neither centred nor biased; starts as g = 1.
 
     Source: Zhang and Sennrich 2019, arXiv 1910.07467. eps is inside the root, as in torch and in the authors'
     TensorFlow code; their torch code adds 1e-8 to the root.
     """
-
-    removes_scale = True
 
     def __init__(self, config: "BertLnConfig", width: int) -> None:
         super().__init__(width, eps=config.layer_norm_eps)
@@ -128,7 +122,7 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(wide, self.normalized_shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
 
 
-class FilterResponseNorm(nn.Module):
+class FilterResponseNorm(nn.Module, Norm):
     """FRN: `g * v / sqrt(nu^2 + eps) + b`, where nu^2 is the mean square of one feature over the tokens.
 
     The axes of a picture become the axis of the sequence, dim 1. `segments`, integers `[batch, length]` which
@@ -145,6 +139,7 @@ class FilterResponseNorm(nn.Module):
     """
 
     removes_scale = False
+    crosses_tokens = True
     segments: torch.Tensor | None = None
 
     def __init__(self, config: "BertLnConfig", width: int) -> None:
@@ -182,7 +177,7 @@ class FilterResponseNorm(nn.Module):
             nn.init.zeros_(self.tau)
 
 
-class DynamicTanh(nn.Module):
+class DynamicTanh(nn.Module, Norm):
     """DyT: `g * tanh(alpha v) + b`, one learnt number alpha for each norm; no statistics.
 
     Starts as alpha = `config.dyt_alpha`, g = 1, b = 0.
@@ -212,7 +207,7 @@ class DynamicTanh(nn.Module):
         nn.init.zeros_(self.bias)
 
 
-class NoNorm(nn.Identity):
+class NoNorm(nn.Identity, Norm):
     """No norm at all: `v`. The baseline without normalisation of Xu et al. 2019, arXiv 1911.07013."""
 
     removes_scale = False
@@ -220,11 +215,8 @@ class NoNorm(nn.Identity):
     def __init__(self, config: "BertLnConfig", width: int) -> None:
         super().__init__()
 
-    def reset_parameters(self) -> None:
-        """Do nothing: there are none."""
 
-
-NORMS: dict[str, type[nn.Module]] = {
+NORMS: dict[str, type[Norm]] = {
     "layer_norm": LayerNorm,
     "layer_norm_simple": LayerNormSimple,
     "detach_norm": DetachNorm,
@@ -251,7 +243,9 @@ def segments_of(module: nn.Module, segments: torch.Tensor | None) -> Iterator[No
     An attribute and not an argument, so that the other norms and all placements need not know of it. It is
     set where it is used: inside a layer's forward, which gradient checkpointing repeats with its arguments.
     """
-    crossing = [norm for norm in module.modules() if segments is not None and hasattr(norm, "segments")]
+    crossing = [
+        norm for norm in module.modules() if segments is not None and isinstance(norm, FilterResponseNorm)
+    ]
     for norm in crossing:
         norm.segments = segments
     yield

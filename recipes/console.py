@@ -140,16 +140,22 @@ def _below(difference: float, unigram_cross_entropy: float) -> str:
 
 def _describe_model(model: PreTrainedModel) -> str:
     c, parameters = model.config, sum(p.numel() for p in model.parameters())
+    layers = ", ".join(f"{name} {_word(value)}" for name, value in c.layers.items())
     return (
         f"{parameters / 1e6:.1f} M parameters: {c.num_hidden_layers} layers x {c.hidden_size}, "
-        f"{c.num_attention_heads} heads, vocabulary {c.vocab_size}, norm_placement {c.norm_placement}, "
-        f"norm_type {c.norm_type}, embedding_norm {str(c.embedding_norm).lower()}"
+        f"{c.num_attention_heads} heads, vocabulary {c.vocab_size}, {layers}, initializer {c.initializer}"
     )
+
+
+def _word(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value).lower()
 
 
 def _describe_attention(model: PreTrainedModel, requested: str | None, isolated: bool) -> str:
     why = "as you set" if requested else "transformers' choice where torch has it"
     mask = "block-diagonal mask, one block a document" if isolated else "no mask: blocks are full"
+    if window := model.config.attention_window:
+        mask = f"a window of {window} positions" + (" within each document" if isolated else "")
     return f"{model.config._attn_implementation} ({why}), {mask}"
 
 

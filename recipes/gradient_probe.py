@@ -163,7 +163,8 @@ def _mean_squares(x: torch.Tensor) -> float:
 
 
 def keep_bert(model: PreTrainedModel) -> None:
-    """Normal with `initializer_range`, biases 0 (Devlin et al. 2019): what a new model has."""
+    """Keep what a new model has: N(0, initializer_range^2), biases 0 (Devlin et al. 2019), but for the
+    placements that bring an initialisation of their own."""
 
 
 def xavier_(model: PreTrainedModel) -> None:

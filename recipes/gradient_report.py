@@ -14,8 +14,10 @@ import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")  # no screen is needed
+from matplotlib import colormaps
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from recipes.files import write_json
@@ -325,7 +327,8 @@ def _style(summary: dict[str, Any], group: Group) -> dict[str, Any]:
 
 def _color(summary: dict[str, Any], group: Group) -> str:
     placements = list(dict.fromkeys(g["norm_placement"] for g in summary["groups"]))
-    return f"C{placements.index(group['norm_placement'])}"
+    number = placements.index(group["norm_placement"])
+    return f"C{number}" if len(placements) <= 10 else to_hex(colormaps["tab20"](number % 20))
 
 
 def _label(group: Group) -> str:
