@@ -80,14 +80,15 @@ POSITIVE = (
 MISSPELT = 0.88
 
 
-def _one_of(allowed: Iterable[str]) -> Callable[[str], None]:
-    """Return a check that a value is among the `allowed` names, with an error that suggests the nearest."""
+def _one_of(*allowed: str | None) -> Callable[[str | None], None]:
+    """Return a check that a value is among the `allowed`, with an error that suggests the nearest name."""
+    names = sorted(name for name in allowed if name is not None)
 
-    def check(value: str) -> None:
+    def check(value: str | None) -> None:
         if value not in allowed:
-            nearest = difflib.get_close_matches(str(value), list(allowed), n=1)
+            nearest = difflib.get_close_matches(str(value), names, n=1)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-            raise ValueError(f"{value!r} is not one of {sorted(allowed)}{hint}")
+            raise ValueError(f"{value!r} is not one of {names}{hint}")
 
     return check
 
@@ -129,10 +130,10 @@ class BertLnConfig(BertConfig):
     _auto_class = "AutoConfig"
 
     layer_norm_eps: float | dict[str, float] = 1e-12
-    norm_placement: str = validated_field(_one_of(PLACEMENTS), default="pre")
-    norm_type: str = validated_field(_one_of(NORMS), default="layer_norm")
+    norm_placement: str = validated_field(_one_of(*PLACEMENTS), default="pre")
+    norm_type: str = validated_field(_one_of(*NORMS), default="layer_norm")
     embedding_norm: bool | None = None
-    initializer: str | None = validated_field(_one_of((*INITIALIZERS, None)), default=None)
+    initializer: str | None = validated_field(_one_of(*INITIALIZERS, None), default=None)
     ada_norm_scale: float = 1.0
     ada_norm_k: float = 0.1
     frn_tlu: bool = False
@@ -150,11 +151,11 @@ class BertLnConfig(BertConfig):
     hybrid_norm_star: bool = False
     t_fixup_gain: float | None = None
     t_fixup_embedding_gain: float | None = None
-    qk_norm: str | None = validated_field(_one_of((*QK_NORMS, None)), default=None)
+    qk_norm: str | None = validated_field(_one_of(*QK_NORMS, None), default=None)
     qk_norm_length: int | None = None
     attention_window: int | None = None
     attention_window_causal: bool = False
-    attention_window_global: str = validated_field(_one_of(GLOBAL), default="cls")
+    attention_window_global: str = validated_field(_one_of(*GLOBAL), default="cls")
     sparse_prediction: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -160,13 +160,11 @@ class FilterResponseNorm(nn.Module, Norm):
         """Return for each token the mean of `values` over its segment, broadcastable to their shape."""
         if self.segments is None:
             return values.mean(dim=1, keepdim=True)
-        index = self.segments.view(*self.segments.shape, *[1] * (values.ndim - 2))
-        counts = torch.zeros_like(index, dtype=values.dtype).scatter_add(
-            1, index, torch.ones_like(index, dtype=values.dtype)
-        )
-        totals = torch.zeros_like(values).scatter_add(1, index.expand_as(values), values)
-        # A number that no token has counts no tokens; no token reads it.
-        return (totals / counts.clamp(min=1)).gather(1, index.expand_as(values))
+        is_same = self.segments.unsqueeze(1) == self.segments.unsqueeze(2)  # [batch, length, length]
+        weights = is_same / is_same.sum(-1, keepdim=True, dtype=values.dtype)
+        # A matrix product, since adding up by index is not reproducible on a GPU; never in half precision.
+        with torch.autocast(values.device.type, enabled=False):
+            return (weights @ values.flatten(2)).view_as(values)
 
     def reset_parameters(self) -> None:
         """Set the first values."""
@@ -248,6 +246,8 @@ def segments_of(module: nn.Module, segments: torch.Tensor | None) -> Iterator[No
     ]
     for norm in crossing:
         norm.segments = segments
-    yield
-    for norm in crossing:
-        norm.segments = None
+    try:
+        yield
+    finally:
+        for norm in crossing:
+            norm.segments = None

@@ -228,14 +228,14 @@ class NormFormer(ResidualBranch):
                 self.residual_scale = nn.Parameter(torch.ones(config.hidden_size))
         else:
             self.post_norm = build_norm(config, config.hidden_size)
-            self.head_scale = nn.Parameter(torch.ones(config.num_attention_heads, 1))
+            self.head_scale = nn.Parameter(torch.ones(config.num_attention_heads))
 
     def forward(self, x: torch.Tensor, sublayer: SubLayer) -> torch.Tensor:
         """Join `sublayer` to the stream `x`; both `[batch, length, hidden]`."""
         hidden = sublayer(self.pre_norm(x))
         if not self.is_feed_forward:
             heads = hidden.unflatten(-1, (len(self.head_scale), -1))  # [batch, length, heads, width]
-            scaled = (self.head_scale * heads).flatten(-2)
+            scaled = (self.head_scale.unsqueeze(-1) * heads).flatten(-2)
             return x + self.dropout(self.post_norm(self.dense(scaled)))
         skip = x if self.residual_scale is None else self.residual_scale * x
         return skip + self.project(self.inner_norm(hidden))

@@ -68,7 +68,7 @@ def summarise(measurements: list[dict[str, Any]]) -> dict[str, list[dict[str, An
         groups.setdefault(tuple(one[name] for name in identity), []).append(one)
     sweeps = {}
     for (kind, placement, depth, _), ones in groups.items():
-        if kind not in (WARMUP, CHECKPOINT):
+        if kind not in (WARMUP, CHECKPOINT) and _has_gradients(ones):
             sweeps.setdefault((kind, placement), {})[depth] = ones
     return {
         "groups": [dict(zip(identity, key, strict=True)) | _summary(ones) for key, ones in groups.items()],
@@ -78,9 +78,14 @@ def summarise(measurements: list[dict[str, Any]]) -> dict[str, list[dict[str, An
         "layer_factors": [
             dict(zip(identity, key, strict=True)) | _layer_factors(ones)
             for key, ones in groups.items()
-            if len(ones[0]["w2_gradient"]) > 1
+            if len(ones[0]["w2_gradient"]) > 1 and _has_gradients(ones)
         ],
     }
+
+
+def _has_gradients(ones: list[dict[str, Any]]) -> bool:
+    """Whether powers can be fitted: where branches start switched off (ReZero), gradients inside are 0."""
+    return all(min(one[name]) > 0 for one in ones for name in GRADIENTS)
 
 
 def _summary(ones: list[dict[str, Any]]) -> dict[str, Any]:
@@ -133,8 +138,9 @@ def _interval(rows: Sequence[Any]) -> Interval:
 
 
 def _log_interval(rows: Sequence[Any]) -> Interval:
-    """Geometric mean, its interval, and the extremes over seeds."""
-    geometric = {name: np.exp(values).tolist() for name, values in _interval(np.log(rows)).items()}
+    """Geometric mean, its interval, and the extremes over seeds; for a gradient of 0 the mean is 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        geometric = {name: np.exp(values).tolist() for name, values in _interval(np.log(rows)).items()}
     return geometric | {"lowest": np.min(rows, axis=0).tolist(), "highest": np.max(rows, axis=0).tolist()}
 
 
@@ -308,7 +314,9 @@ def _relative_to_last(group: Group) -> tuple[np.ndarray, np.ndarray]:
     """W2 gradients over that of the last layer, and the product of the layers' straight-through parts."""
     gradients = np.array(group["w2_gradient"]["mean"])
     parts = np.append(group["straight_through"]["mean"], 1.0)
-    return gradients / gradients[-1], np.cumprod(parts[::-1])[::-1]
+    with np.errstate(invalid="ignore"):
+        gradients = gradients / gradients[-1]
+    return gradients, np.cumprod(parts[::-1])[::-1]
 
 
 def _band(axes: Axes, x: np.ndarray, values: Interval, summary: dict[str, Any], group: Group) -> None:

@@ -113,7 +113,7 @@ def simplified_model(norm_placement: str, depth: int, width: int, seed: int) -> 
     torch.manual_seed(seed)
     model = BertLnForMaskedLM(config)
     for matrix in model.parameters():
-        if matrix.ndim == 2:
+        if matrix.ndim == 2:  # gains, biases and factors are vectors
             nn.init.normal_(matrix, std=width**-0.5)
     embeddings = model.bert.embeddings
     nn.init.zeros_(embeddings.position_embeddings.weight)
