@@ -217,7 +217,7 @@ def _draw_by_layer(summary: dict[str, Any]) -> Any:
             for group in groups:
                 _band(axes[row, column], _layers(group), group[name], summary, group)
             matrix = name[:2].upper()
-            axes[row, column].set(xlabel="layer", ylabel=f"gradient norm of {matrix}", yscale="log")
+            _log_axes(axes[row, column], xlabel="layer", ylabel=f"gradient norm of {matrix}")
             axes[row, column].yaxis.set_minor_formatter("{x:g}" if len(groups) < 3 else NullFormatter())
             axes[row, column].legend(fontsize="small")
     return figure
@@ -272,8 +272,8 @@ def _draw_hidden_states(summary: dict[str, Any]) -> Any:
             _band(top, _layers(group), group["hidden_state"], summary, group)
             order = np.arange(1, len(group["norms"]) + 1)
             _band(bottom, order, group["norm_inputs"], summary, group)
-        top.set(xlabel="layer", ylabel=r"hidden state $\|x_l\|^2 / d$", yscale="log")
-        bottom.set(xlabel="norm, in the order of use", ylabel=r"norm input $\|x\|^2 / d$", yscale="log")
+        _log_axes(top, xlabel="layer", ylabel=r"hidden state $\|x_l\|^2 / d$")
+        _log_axes(bottom, xlabel="norm, in the order of use", ylabel=r"norm input $\|x\|^2 / d$")
         top.legend(fontsize="small")
     return figure
 
@@ -303,11 +303,17 @@ def _draw_towards_the_input(summary: dict[str, Any]) -> Any:
         label = r"$(2/3)^{(L-l)/2}$"
         for one in axes[:, column]:
             one.plot(layers, POST_LAYER_FACTOR ** (depth - layers), "k:", lw=1, label=label)
-            one.set(xlabel="layer l", yscale="log")
+            _log_axes(one, xlabel="layer l")
         axes[0, column].set_ylabel("W2 gradient / that of layer L")
         axes[1, column].set_ylabel("part of layer L's gradient\nthat comes straight through to l")
         axes[0, column].legend(fontsize="small")
     return figure
+
+
+def _log_axes(axes: Axes, **labels: str) -> None:
+    """Label the axes; y goes by powers where there is anything above 0."""
+    has_values = any((np.asarray(line.get_ydata(), float) > 0).any() for line in axes.lines)
+    axes.set(yscale="log" if has_values else "linear", **labels)
 
 
 def _relative_to_last(group: Group) -> tuple[np.ndarray, np.ndarray]:
