@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .norms import LayerNorm, RMSNorm, build_norm
+from .norms import LayerNorm, RMSNorm, build_norm, widened
 
 if TYPE_CHECKING:
     from .configuration_bert_ln import BertLnConfig
@@ -25,7 +25,7 @@ class L2Norm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise the last axis of `x`."""
-        return F.normalize(x.float(), dim=-1).to(x.dtype)
+        return F.normalize(widened(x), dim=-1).to(x.dtype)
 
     def reset_parameters(self) -> None:
         """Do nothing: there are none."""
@@ -49,14 +49,15 @@ class QueryNorm(L2Norm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise the last axis of `x` and scale it."""
-        return self.scale * super().forward(x)
+        return (self.scale * super().forward(x)).to(x.dtype)
 
     def reset_parameters(self) -> None:
         """Set the first value."""
         nn.init.constant_(self.scale, self.first_scale)
 
 
-# `qk_norm`: the norms of queries and of keys. The last two keep the scale 1 / sqrt(head width).
+# `qk_norm`: the norms of queries and of keys. The last two, a form that is recalled and not read in a source,
+# keep the scale 1 / sqrt(head width).
 QK_NORMS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
     "l2": (QueryNorm, L2Norm),
     "layer_norm": (LayerNorm, LayerNorm),
@@ -79,7 +80,7 @@ class NormedLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Project `x`, and normalise each head."""
         heads = super().forward(x).unflatten(-1, (-1, self.width))  # [..., heads, width]
-        return self.norm(heads).flatten(-2)
+        return self.norm(heads).flatten(-2).to(heads.dtype)  # attention wants one dtype
 
 
 def normalise_heads(attention: nn.Module, config: "BertLnConfig", with_values: bool) -> None:
@@ -97,7 +98,7 @@ def normalise_heads(attention: nn.Module, config: "BertLnConfig", with_values: b
     width = attention.attention_head_size
     for name, norm in norms.items():
         setattr(attention, name, NormedLinear(getattr(attention, name), norm(config, width), width))
-    if config.qk_norm == "l2":
+    if norms["query"] is QueryNorm:
         attention.scaling = 1.0
 
 

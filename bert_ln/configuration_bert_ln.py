@@ -1,6 +1,7 @@
 """Every architectural choice of a BertLn model, checked when it is made."""
 
 import difflib
+import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Self
 
@@ -47,7 +48,6 @@ LAYER_DETAILS = (
     "qk_norm",
     "recursive_skip_order",
     "recursive_skip_shared_norm",
-    "residual_dual_scale",
 )
 
 INITIALIZERS = ("normal", "xavier_normal")
@@ -105,13 +105,14 @@ class BertLnConfig(BertConfig):
     - `embedding_norm`: keep BERT's norm after the embeddings; None, the default, means true but for the
       placements without norms. Xiong et al. 2020 do not say whether their Pre-LN has it.
     - `initializer`: how matrices start: "normal", N(0, initializer_range^2), as in BERT, or "xavier_normal";
-      None, the default, takes what the placement's paper has. Embeddings start as in BERT.
+      None, the default, takes what the placement's paper has. Embeddings start as in BERT, but for T-Fixup.
     - `qk_norm`: a norm on the queries and keys of each head, a name in `attention.QK_NORMS`, or None.
     - `attention_window`: how many positions away a token sees others (N-gram attention), or None for all;
       with `attention_window_causal` those before it only. `attention_window_global` says what the window does
       not bind: "cls", the first token of each document; "last_layer"; or "none".
     - the factors of a method, which begin with its name; see `placements`, `norms` and `attention` for each.
-      None means the paper's value, which a saved config holds.
+      None means the paper's value, which a saved config holds: where a factor follows from the number of
+      layers, a config that is read with another number keeps it, since it belongs to the weights.
     - `sparse_prediction`: compute vocabulary scores for the masked positions only, in training. A way of
       running a model and not a property of it: a saved config always says false.
 
@@ -134,23 +135,23 @@ class BertLnConfig(BertConfig):
     norm_type: str = validated_field(_one_of(*NORMS), default="layer_norm")
     embedding_norm: bool | None = None
     initializer: str | None = validated_field(_one_of(*INITIALIZERS, None), default=None)
-    ada_norm_scale: float = 1.0
-    ada_norm_k: float = 0.1
+    ada_norm_scale: float | int = 1.0
+    ada_norm_k: float | int = 0.1
     frn_tlu: bool = False
-    dyt_alpha: float = 0.5
-    sub_ln_gain: float | None = None
+    dyt_alpha: float | int = 0.5
+    sub_ln_gain: float | int | None = None
     normformer_residual_scale: bool = False
-    deep_norm_alpha: float | None = None
-    deep_norm_beta: float | None = None
-    b2t_gain: float | None = None
-    residual_dual_scale: float = 1.0
-    admin_omega: float | None = None
+    deep_norm_alpha: float | int | None = None
+    deep_norm_beta: float | int | None = None
+    b2t_gain: float | int | None = None
+    residual_dual_scale: float | int = 1.0
+    admin_omega: float | int | None = None
     recursive_skip_order: int = 2
     recursive_skip_shared_norm: bool = False
-    mix_ln_alpha: float = 0.25
+    mix_ln_alpha: float | int = 0.25
     hybrid_norm_star: bool = False
-    t_fixup_gain: float | None = None
-    t_fixup_embedding_gain: float | None = None
+    t_fixup_gain: float | int | None = None
+    t_fixup_embedding_gain: float | int | None = None
     qk_norm: str | None = validated_field(_one_of(*QK_NORMS, None), default=None)
     qk_norm_length: int | None = None
     attention_window: int | None = None
@@ -204,7 +205,9 @@ class BertLnConfig(BertConfig):
         is_possible = self.is_decoder or not self.add_cross_attention
         self._require("add_cross_attention", is_possible, "needs is_decoder=True")
         for name in POSITIVE:
-            self._require(name, (value := getattr(self, name)) is None or value > 0, "must be above 0")
+            value = getattr(self, name)
+            self._require(name, value is None or 0 < value < math.inf, "must be a number above 0")
+        self._require("ada_norm_k", 0 <= self.ada_norm_k < math.inf, "must be a number from 0")
         self._require("mix_ln_alpha", 0 <= self.mix_ln_alpha <= 1, "must be between 0 and 1")
         self._check_method()
         self._check_attention()
@@ -225,22 +228,32 @@ class BertLnConfig(BertConfig):
                 # `layer_norm_eps` is BERT's, and that of all norms.
                 if method not in (chosen, "layer_norm"):
                     self._refuse_factors(method, f"has no effect with {option}={getattr(self, option)!r}")
+        method = PLACEMENTS[placement]
+        for name in method.defaults(self):
+            # A placement that is assigned to a config that exists is too late for its factors.
+            has_value = getattr(self, name) is not None
+            self._require(name, has_value, f"has no value for norm_placement={placement!r}")
+        with_placement, with_norm = f"with norm_placement={placement!r}", f"with norm_type={norm!r}"
         self._require(
             "embedding_norm",
-            placement != "t_fixup" or not self.embedding_norm,
-            "must be false with norm_placement='t_fixup', which scales the embeddings",
+            not (method.scales_embeddings and self.embedding_norm),
+            f"must be false {with_placement}, which sets the scale of the embeddings",
+        )
+        self._require(
+            "add_cross_attention",
+            not (method.encoder_only and self.add_cross_attention),
+            f"must be false {with_placement}, whose factors are those of two branches a layer",
         )
         crosses_tokens = NORMS[norm].crosses_tokens
         self._require(
-            "norm_type",
+            "is_decoder",
             not (crosses_tokens and self.is_decoder),
-            "needs is_decoder=False: each token would see those after it",
+            f"must be false {with_norm}: each token would see those after it",
         )
+        chunks = self.chunk_size_feed_forward
+        self._require("chunk_size_feed_forward", not (chunks and crosses_tokens), f"must be 0 {with_norm}")
         self._require(
-            "chunk_size_feed_forward",
-            not self.chunk_size_feed_forward
-            or not (crosses_tokens or placement in ("b2t", "residual_dual", "re_zero")),
-            f"must be 0 with norm_placement={placement!r} and norm_type={norm!r}, which need whole sequences",
+            "chunk_size_feed_forward", not (chunks and method.hands_on), f"must be 0 {with_placement}"
         )
 
     def _refuse_factors(self, method: str, reason: str) -> None:
@@ -293,6 +306,7 @@ class BertLnConfig(BertConfig):
         """Read a config; that of a stock BERT is Post-LN. Overrides in `kwargs` are checked like the rest."""
         if config_dict.get("model_type") == "bert":
             config_dict = {"norm_placement": "post", **config_dict}
+        config_dict = cls._with_placement(config_dict, kwargs.get("norm_placement"))
         result = super().from_dict(config_dict, **kwargs)
         config = result[0] if isinstance(result, tuple) else result
         config._refuse_misspelt(name for name in kwargs if not hasattr(config, name))
@@ -300,6 +314,16 @@ class BertLnConfig(BertConfig):
         config._take_defaults()
         config.validate()
         return result
+
+    @classmethod
+    def _with_placement(cls, config_dict: dict[str, Any], placement: str | None) -> dict[str, Any]:
+        """Return the dictionary for another placement: what its own has from the paper is left open again."""
+        old = config_dict.get("norm_placement", cls.norm_placement)
+        if placement in (None, old) or old not in PLACEMENTS:
+            return config_dict
+        papers = PLACEMENTS[old].defaults(super().from_dict(config_dict))
+        kept = {name: v for name, v in config_dict.items() if name not in papers or papers[name] != v}
+        return kept | {"norm_placement": placement}
 
     def to_dict(self) -> dict[str, Any]:
         """Return what is written to config.json; see the class for `layer_norm_eps`."""

@@ -61,6 +61,8 @@ from .placements import (
 
 # Modules whose own parameters an optimiser must not decay: gains, biases, and factors whose aim is not 0.
 NO_WEIGHT_DECAY = (*NORM_CLASSES, L2Norm, ResidualBranch)
+# The attention kernels that take a mask for each pair of tokens.
+ISOLATING = ("eager", "sdpa", "flex_attention")
 IGNORED = -100  # a label that is not predicted, as everywhere in transformers
 
 
@@ -226,8 +228,9 @@ class BertLnPreTrainedModel(BertPreTrainedModel):
     ) -> None:
         """Refuse the reentrant way where layers hand on two streams: it would lose gradients."""
         is_reentrant = getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant", False)
-        if enable and is_reentrant and self.config.norm_placement == "residual_dual":
-            raise ValueError("use_reentrant=True is not possible with norm_placement='residual_dual'")
+        placement = self.config.norm_placement
+        if enable and is_reentrant and PLACEMENTS[placement].hands_on == "to the end":
+            raise ValueError(f"use_reentrant=True is not possible with norm_placement={placement!r}")
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
     @classmethod
@@ -270,7 +273,10 @@ def _other_config(
         stated = BertLnConfig.from_dict(BertLnConfig.get_config_dict(source, **download)[0]).layers
     except OSError:  # weights without a config
         return None
-    return None if stated == config.layers else f"its config.json says {stated}"
+    # A window has no weights: it may be put on, or taken off, when a model is loaded.
+    ours = {name: value for name, value in config.layers.items() if not name.startswith("attention_window")}
+    theirs = {name: value for name, value in stated.items() if not name.startswith("attention_window")}
+    return None if theirs == ours else f"its config.json says {theirs}"
 
 
 # Every layer has this weight, in every placement.
@@ -342,7 +348,9 @@ class BertLnModel(BertLnPreTrainedModel, BertModel):
         tokens of its own document only. Positions are not touched; give `position_ids` where each document
         starts at 0.
         """
-        shape = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        shape = (inputs_embeds if input_ids is None else input_ids).shape[:2]
         attention_mask, masks = self._masks(document_ids, attention_mask, shape)
         with segments_of(self.embeddings, masks.get("segments")):
             return super().forward(
@@ -373,9 +381,9 @@ class BertLnModel(BertLnPreTrainedModel, BertModel):
             return padding, {}
         self._check_isolation(document_ids, padding)
         documents = self._documents(document_ids, padding, shape)
-        first = (documents.unsqueeze(1) == documents.unsqueeze(2)).int().argmax(-1)  # [rows, length]
-        masks: dict[str, Any] = {"segments": first} if crosses_tokens else {}
+        masks: dict[str, Any] = {"segments": documents} if crosses_tokens else {}
         if has_window:
+            first = (documents.unsqueeze(1) == documents.unsqueeze(2)).int().argmax(-1)  # [rows, length]
             is_first = first == torch.arange(first.shape[1], device=first.device)
             masks["window_mask"] = self._isolated(documents, window_mask_function(self.config, is_first))
         return (padding if document_ids is None else self._isolated(documents)), masks
@@ -385,7 +393,7 @@ class BertLnModel(BertLnPreTrainedModel, BertModel):
         option = "attention_window" if document_ids is None else "document_ids"
         if document_ids is None and self.config.attention_window is None:
             option = f"norm_type={self.config.norm_type!r}"
-        elif "flash" in self.config._attn_implementation or self.config.is_decoder:
+        elif self.config._attn_implementation not in ISOLATING or self.config.is_decoder:
             raise ValueError(
                 f"{option} need an encoder with attn_implementation 'eager', 'sdpa' or 'flex_attention', "
                 f"got {self.config._attn_implementation!r} with is_decoder={self.config.is_decoder}"

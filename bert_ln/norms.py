@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .configuration_bert_ln import BertLnConfig
 
 
-def _widened(x: torch.Tensor) -> torch.Tensor:
+def widened(x: torch.Tensor) -> torch.Tensor:
     """Return `x` in float32, or as it is where it is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -77,7 +77,7 @@ class DetachNorm(nn.Module, Norm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise the last axis of `x`."""
-        wide = _widened(x)
+        wide = widened(x)
         variance, mean = torch.var_mean(wide.detach(), dim=-1, correction=0, keepdim=True)
         return ((wide - mean) * (variance + self.eps).rsqrt()).to(x.dtype)
 
@@ -101,7 +101,7 @@ class AdaNorm(nn.Module, Norm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise the last axis of `x`."""
-        y = F.layer_norm(_widened(x), (self.width,), eps=self.eps)
+        y = F.layer_norm(widened(x), (self.width,), eps=self.eps)
         factor = self.scale * (1 - self.k * y.detach())
         return (factor * y).to(x.dtype)
 
@@ -118,7 +118,7 @@ class RMSNorm(nn.RMSNorm, Norm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise the last axis of `x`."""
-        wide = _widened(x)
+        wide = widened(x)
         return F.rms_norm(wide, self.normalized_shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
 
 
@@ -126,12 +126,12 @@ class FilterResponseNorm(nn.Module, Norm):
     """FRN: `g * v / sqrt(nu^2 + eps) + b`, where nu^2 is the mean square of one feature over the tokens.
 
     The axes of a picture become the axis of the sequence, dim 1. `segments`, integers `[batch, length]` which
-    the model sets for the time of a call, say which tokens are averaged: those with the same number, the
-    position of the first of them. So padding and the other documents of a block play no part. Without
-    segments it is the whole sequence. eps = 1e-6 + |e|, e a learnt number for each norm, which keeps short
-    inputs from becoming signs. With `config.frn_tlu`, the thresholded linear unit `max(y, tau)`, a learnt tau
-    for each feature, follows; off by default, since on the residual stream tau = 0 cuts off half of every
-    vector. Starts as g = 1, b = 0, tau = 0, e = 1e-4.
+    the model sets for the time of a call, say which tokens are averaged: those with the same number. So
+    padding and the other documents of a block play no part. Without segments it is the whole sequence. eps =
+    1e-6 + |e|, e a learnt number for each norm, which keeps short inputs from becoming signs. With
+    `config.frn_tlu`, the thresholded linear unit `max(y, tau)`, a learnt tau for each feature, follows; off
+    by default, since on the residual stream tau = 0 cuts off half of every vector. Starts as g = 1, b = 0,
+    tau = 0, e = 1e-4.
 
     Source: Singh and Krishnan 2020, arXiv 1911.09737, section 3. The use in an encoder is an adaptation of
     our own; the form of the learnt eps is that of public implementations. Every token depends on all others,
@@ -151,7 +151,7 @@ class FilterResponseNorm(nn.Module, Norm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise each feature of `x` `[batch, length, ..., width]` over the tokens of a segment."""
-        wide = _widened(x)
+        wide = widened(x)
         mean_squares = self._mean_over_segments(wide.square())
         y = self.weight * wide * (mean_squares + 1e-6 + self.eps.abs()).rsqrt() + self.bias
         return (y if self.tau is None else torch.maximum(y, self.tau)).to(x.dtype)
@@ -196,7 +196,7 @@ class DynamicTanh(nn.Module, Norm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Squash `x` `[..., width]`, each number by itself."""
-        return (self.weight * torch.tanh(self.alpha * _widened(x)) + self.bias).to(x.dtype)
+        return (self.weight * torch.tanh(self.alpha * widened(x)) + self.bias).to(x.dtype)
 
     def reset_parameters(self) -> None:
         """Set the first values."""

@@ -47,6 +47,12 @@ class ResidualBranch(nn.Module):
     """Whether the last layer leaves the stream unnormalised, so that the encoder ends with one more norm."""
     qkv_norm = False
     """Whether queries, keys and values get a norm of `norm_type` for each head."""
+    hands_on: str | None = None
+    """How long a branch hands on more than the stream: "within a layer", "to the end", or not at all."""
+    scales_embeddings = False
+    """Whether the method sets the scale of the embeddings, which a norm behind them would take away."""
+    encoder_only = False
+    """Whether its factors are those of an encoder, and would be others with cross-attention."""
     gained: tuple[str, ...] = ()
     """The matrices of a layer, by the ends of their names, whose first values are multiplied by `gain`."""
 
@@ -118,7 +124,8 @@ class PreNorm(ResidualBranch):
 
     Source: Xiong et al. 2020, arXiv 2002.04745, Table 1, right column (`x_Final = LN(x_{L+1})`). The norm has
     a name that stock BERT lacks: a class that would compute Post-LN from these weights must not find it. So
-    it is in all placements but Post-LN.
+    it is in all placements but Post-LN; of Mix-LN's first layers, which have Post-LN's names, only the config
+    tells.
     """
 
     final_norm = True
@@ -142,8 +149,9 @@ class Sandwich(ResidualBranch):
 
     Source: Ding et al. 2021 (CogView), arXiv 2105.13290; Kim et al. 2025 (Peri-LN), arXiv 2502.02732, where
     the embedding norm is optional. Dropout is the end of the sub-layer, before its second norm, as in
-    CogView's code; its tricks for fp16 (a division before the norm, PB-relax) are not built. Peri-LN needs a
-    second norm with a learnt gain; the norms without parameters are allowed here all the same.
+    CogView's code; its tricks for fp16 (a division before the norm, PB-relax) are not built. Peri-LN is
+    reported (in notes, not read in the paper) to need a second norm with a learnt gain; norms without
+    parameters are allowed here all the same.
     """
 
     final_norm = True
@@ -177,10 +185,12 @@ class SubNorm(_ScaleFree):
     feed-forward matrices start from Xavier normal with the gain `sub_ln_gain` = sqrt(ln 2N), queries and keys
     with gain 1.
 
-    Source: Wang et al. 2022, arXiv 2210.06423, encoder-only, and the authors' torchscale.
+    Source: Wang et al. 2022, arXiv 2210.06423, encoder-only, and the authors' torchscale, where the gain
+    multiplies whatever the weights started from. That this is Xavier normal is recalled and not read.
     """
 
     final_norm = True
+    encoder_only = True
     gained = BRANCH_MATRICES
 
     def __init__(self, config: "BertLnConfig", layer_idx: int, kind: str) -> None:
@@ -257,6 +267,7 @@ class DeepNorm(_ScaleFree):
     takes them.
     """
 
+    encoder_only = True
     gained = BRANCH_MATRICES
 
     def __init__(self, config: "BertLnConfig", layer_idx: int, kind: str) -> None:
@@ -291,9 +302,11 @@ class BottomToTop(ResidualBranch):
     Post-LN, with the layer's input added once more before its last norm. All matrices of a layer start
     multiplied by `b2t_gain` = N^(-1/2).
 
-    Source: Takase et al. 2022, arXiv 2206.00330; the gain from the authors' code.
+    Source: Takase et al. 2022, arXiv 2206.00330; the gain from the authors' code, where it multiplies an
+    initialisation of their own. Here it multiplies BERT's.
     """
 
+    hands_on = "within a layer"
     gained = ("self.query", "self.key", *BRANCH_MATRICES)
 
     def __init__(self, config: "BertLnConfig", layer_idx: int, kind: str) -> None:
@@ -332,6 +345,7 @@ class ResiDual(_ScaleFree):
     """
 
     final_norm = True
+    hands_on = "to the end"
 
     def __init__(self, config: "BertLnConfig", layer_idx: int, kind: str) -> None:
         super().__init__(config, layer_idx, kind)
@@ -359,10 +373,12 @@ class Admin(_ScaleFree):
     variance of the branches before each one, which is not built. Afterwards omega may be folded into the
     weights.
 
-    Source: Liu et al. 2020, arXiv 2004.08249, and both repositories of the authors. The closed form takes
-    each branch to have variance 1 at the start; with BERT's initialisation it is smaller, so omega is on the
-    safe side. Which initialisation the authors' package expects is not known here; BERT's is kept.
+    Source: Liu et al. 2020, arXiv 2004.08249, and both repositories of the authors. Our reading
+    of the closed form is that each branch has variance 1 at the start; with BERT's initialisation, which is
+    kept, it is less, so omega is on the safe side. Which one the package expects is not known here.
     """
+
+    encoder_only = True
 
     def __init__(self, config: "BertLnConfig", layer_idx: int, kind: str) -> None:
         super().__init__(config, layer_idx, kind)
@@ -431,7 +447,7 @@ class MixNorm(ResidualBranch):
 class HybridNorm(ResidualBranch):
     """HybridNorm: `h = x + attention(x)` with norms on q, k and v; `n = LN(h)`, `x <- n + feed_forward(n)`.
 
-    One more norm after the last layer. With `hybrid_norm_star` (HybridNorm*) the first layer is Pre-LN, with
+    One more norm after the last layer, as in the authors' code. With `hybrid_norm_star` (HybridNorm*) the first layer is Pre-LN, with
     norms on q, k and v as well.
 
     Source: Zhuo et al. 2025, arXiv 2503.04598, and the authors' code. There all norms are RMSNorm
@@ -476,9 +492,11 @@ class ReZero(_NormFree):
 
     a starts as 0, so that the encoder starts as the identity.
 
-    Source: Bachlechner et al. 2020, arXiv 2003.04887; that the branches share a, and that neither the
-    embeddings nor the end have a norm, from the authors' code.
+    Source: Bachlechner et al. 2020, arXiv 2003.04887; that the branches share a, and that there is
+    no norm at the end, from the authors' code. That the embeddings have none is our reading of it.
     """
+
+    hands_on = "within a layer"
 
     def __init__(self, config: "BertLnConfig", layer_idx: int, kind: str) -> None:
         super().__init__(config, layer_idx, kind)
@@ -504,12 +522,14 @@ class TFixup(_NormFree):
     Xavier; values, output projections and both feed-forward matrices with the gain `t_fixup_gain` =
     0.67 N^(-1/4); embeddings from N(0, 1/hidden) times `t_fixup_embedding_gain` = (9N)^(-1/4).
 
-    Source: Huang et al. 2020, ICML, and the authors' code for the encoder. There the draw is uniform, of the
-    same variance as the normal one here; queries and keys have fairseq's extra 1/sqrt(2); the word embeddings
-    are multiplied by sqrt(hidden) in use, which BERT's are not; and positions are sines, which are not
-    scaled.
+    Source: Huang et al. 2020, ICML, and the authors' code for the encoder, which is built on fairseq. There
+    the word embeddings are multiplied by sqrt(hidden) in use, which BERT's are not; and (recalled) the draw
+    is uniform, of the same variance as the normal one here, queries and keys have an extra 1/sqrt(2), and
+    positions are sines, which are not scaled.
     """
 
+    scales_embeddings = True
+    encoder_only = True
     gained = BRANCH_MATRICES
 
     def forward(self, x: torch.Tensor, sublayer: SubLayer) -> torch.Tensor:

@@ -219,8 +219,8 @@ def _read_word(value: str, members: tuple[Any, ...]) -> Any:
     if float in members:
         # YAML 1.1 reads 1e-4 as a string.
         try:
-            return float(value) if int not in members else yaml.safe_load(value)
-        except (ValueError, yaml.YAMLError):
+            return float(value)
+        except ValueError:
             return value
     if members[0] is str and value.lower() not in ("true", "false"):
         return value

@@ -155,7 +155,9 @@ def _describe_attention(model: PreTrainedModel, requested: str | None, isolated:
     why = "as you set" if requested else "transformers' choice where torch has it"
     mask = "block-diagonal mask, one block a document" if isolated else "no mask: blocks are full"
     if window := model.config.attention_window:
-        mask = f"a window of {window} positions" + (" within each document" if isolated else "")
+        what = "before" if model.config.attention_window_causal else "around"
+        mask = f"a window of {window} positions {what}, global: {model.config.attention_window_global}"
+        mask += ", within each document" if isolated else ""
     return f"{model.config._attn_implementation} ({why}), {mask}"
 
 

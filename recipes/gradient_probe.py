@@ -46,7 +46,8 @@ class Measurement:
     """An entry less: which multiple of the gradient behind layer l + 1 is found in the gradient before it,
     <g_l, g_{l+1}> / <g_{l+1}, g_{l+1}>: what comes through the residual stream and its norms alone."""
     norm_inputs: dict[str, float]
-    """The input of every norm of the encoder by the norm's name, in the order in which they are used."""
+    """The input of every norm of the encoder by the norm's name, in the order in which they are used.
+    Divisions by the length of a query or key (`qk_norm="l2"`) are no norms here."""
 
 
 def measure(model: PreTrainedModel, batches: Sequence[Batch]) -> Measurement:
@@ -104,6 +105,7 @@ class Watch:
         encoder = self.model.base_model
         layers = encoder.encoder.layer
         self.tokens, self.norm_inputs, self.last_norm = 0, {}, (None, None)
+        self.norm_vectors: dict[str, int] = {}
         self.hidden_states = [0.0] * len(layers)
         self.energies, self.products = [0.0] * len(layers), [0.0] * (len(layers) - 1)
         self.handles = [
@@ -122,6 +124,8 @@ class Watch:
         def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             self.last_norm = (inputs[0], output)
             self.norm_inputs[name] = self.norm_inputs.get(name, 0.0) + _mean_squares(inputs[0])
+            # Not the tokens: a norm may see each head, and may be used twice in a pass.
+            self.norm_vectors[name] = self.norm_vectors.get(name, 0) + inputs[0].shape[:-1].numel()
 
         return hook
 
@@ -153,12 +157,12 @@ class Watch:
             "hidden_state": [total / self.tokens for total in self.hidden_states],
             "stream_gradient": [(energy / self.tokens) ** 0.5 for energy in self.energies],
             "straight_through": [product / energy for product, energy in behind],
-            "norm_inputs": {n: total / self.tokens for n, total in self.norm_inputs.items()},
+            "norm_inputs": {n: total / self.norm_vectors[n] for n, total in self.norm_inputs.items()},
         }
 
 
 def _mean_squares(x: torch.Tensor) -> float:
-    """The mean square of the features, summed over the tokens."""
+    """The mean square of the features, summed over the vectors."""
     return x.detach().double().square().mean(dim=-1).sum().item()
 
 

@@ -21,7 +21,7 @@ from accelerate.utils import set_seed
 from transformers import AutoTokenizer, PreTrainedModel
 
 from bert_ln import BertLnForMaskedLM
-from recipes.arguments import PretrainingArguments, UserError, model_config
+from recipes.arguments import MODEL_OPTIONS, PretrainingArguments, UserError, model_config
 from recipes.batches import TrainingBatches
 from recipes.console import clock
 from recipes.diagnosis import Diverged
@@ -32,7 +32,7 @@ from recipes.launch import set_threads
 from recipes.masking import Masker
 from recipes.preparation import PreparedData, prepare_data
 from recipes.pretraining import build_model
-from recipes.run_record import OPERATIONAL
+from recipes.run_record import OPERATIONAL, model_settings
 from recipes.stages import build_stages
 from recipes.theory import simplified_batches, simplified_model
 from recipes.tokenization import tokenizer_fingerprint
@@ -136,12 +136,12 @@ class GradientStudy:
         """What all measurements have in common, data fingerprints aside."""
         options = self.base.to_dict()
         options |= options.pop("model") | {"num_batches": self.args.probe.num_batches}
-        return {name: value for name, value in options.items() if name not in NOT_COMMON}
+        return _resolved(options)
 
     def _check_folder(self, settings: dict[str, Any]) -> None:
         file = self.output_dir / "settings.json"
         if file.exists():
-            found = json.loads(file.read_text())
+            found = _resolved(json.loads(file.read_text()))
             different = [f"{n} is {v}, was {found.get(n)}" for n, v in settings.items() if v != found.get(n)]
             if different:
                 raise UserError(
@@ -316,3 +316,9 @@ def read_batches(
     stages = build_stages(args)
     batches = TrainingBatches(data.stores, data.weights, masker, args, stages, 0, 1)
     return [batches[step, 0] for step in range(num_batches)]
+
+
+def _resolved(settings: dict[str, Any]) -> dict[str, Any]:
+    """What measurements have in common, with every option of the model, given or not."""
+    model = model_settings({name: value for name, value in settings.items() if name in MODEL_OPTIONS})
+    return {name: value for name, value in (settings | model).items() if name not in NOT_COMMON}

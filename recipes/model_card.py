@@ -5,11 +5,12 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from bert_ln import BertLnConfig
+
 TEXT = """\
 # {name}
 
-A BERT encoder, pre-trained on masked tokens, with `norm_placement: {norm_placement}` and
-`norm_type: {norm_type}`.
+A BERT encoder, pre-trained on masked tokens. What its layers compute: {layers}.
 
 ```python
 from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -33,11 +34,10 @@ All options, versions and fingerprints are in `run.json`, every measured value i
 
 def write_model_card(folder: Path, record: dict[str, Any], results: dict[str, Any]) -> None:
     """Write `folder/README.md` with the metadata that the Hub reads."""
-    config = record["model_config"]
+    config = BertLnConfig(**record["model_config"])
     text = TEXT.format(
         name=folder.resolve().name,
-        norm_placement=config["norm_placement"],
-        norm_type=config["norm_type"],
+        layers=", ".join(f"`{name}: {value}`" for name, value in config.layers.items()),
         unigram_cross_entropy=record["unigram_cross_entropy"],
         mask_fingerprint=record["mask_fingerprint"],
         **results,

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from recipes.arguments import UserError, nearest
+from recipes.arguments import MODEL_OPTIONS, UserError, nearest
 from recipes.figures import draw_against_bands, save_figure
 from recipes.intervals import prediction_interval
+from recipes.run_record import model_settings
 from recipes.study import format_value
 from recipes.study_results import (
     ArmCurves,
@@ -154,7 +155,17 @@ def read_reference(name_or_file: str | Path) -> dict[str, Any]:
         known = False
     if not known:
         raise UserError(f"against {file}: not a reference of format {FORMAT}")
-    return reference
+    return _completed(reference)
+
+
+def _completed(reference: dict[str, Any]) -> dict[str, Any]:
+    """The reference with every option of the models: those that came after it had their defaults."""
+    for arm in reference["arms"]:
+        given = reference["options"] | arm["options"]
+        model = model_settings({name: value for name, value in given.items() if name in MODEL_OPTIONS})
+        arm["options"] |= {name: value for name, value in model.items() if name in arm["options"]}
+        own = {name: value for name, value in model.items() if name not in arm["options"]}
+    return reference | {"options": reference["options"] | own}
 
 
 def compare_with_reference(reference: dict[str, Any], run: RunCurves) -> Verdict:

@@ -10,7 +10,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from bert_ln import BertLnConfig
+from bert_ln.placements import PLACEMENTS
 from recipes.arguments import MODEL_OPTIONS, PretrainingArguments, UserError
 from recipes.files import is_aside, write_text
 from recipes.stages import Stage
@@ -81,9 +84,22 @@ def _identity(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def model_settings(model: dict[str, Any]) -> dict[str, Any]:
-    """Every option of a model of which `model` are given: a default that is given is no difference."""
-    config = BertLnConfig(**model)
-    return {name: getattr(config, name) for name in MODEL_OPTIONS}
+    """Every option of a model of which `model` are given: a default that is given is no difference.
+
+    What a placement's paper has is None, as if not given, so that two placements differ in nothing else.
+
+    Raises:
+        UserError: A field has a value that this version does not know.
+    """
+    try:
+        config = BertLnConfig(**model)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise UserError(
+            f"options of a model that are not known here: {' '.join(str(error).split())}"
+        ) from error
+    values = {name: getattr(config, name) for name in MODEL_OPTIONS}
+    papers = PLACEMENTS[config.norm_placement].defaults(config)
+    return values | {name: None for name, value in papers.items() if values[name] == value}
 
 
 def check_same_run(output_dir: Path, ours: dict[str, Any]) -> dict[str, Any] | None:
