@@ -447,8 +447,8 @@ class MixNorm(ResidualBranch):
 class HybridNorm(ResidualBranch):
     """HybridNorm: `h = x + attention(x)` with norms on q, k and v; `n = LN(h)`, `x <- n + feed_forward(n)`.
 
-    One more norm after the last layer, as in the authors' code. With `hybrid_norm_star` (HybridNorm*) the first layer is Pre-LN, with
-    norms on q, k and v as well.
+    One more norm after the last layer, as in the authors' code. With `hybrid_norm_star` (HybridNorm*) the
+    first layer is Pre-LN, with norms on q, k and v as well.
 
     Source: Zhuo et al. 2025, arXiv 2503.04598, and the authors' code. There all norms are RMSNorm
     (`norm_type="rms_norm"`).
