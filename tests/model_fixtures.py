@@ -25,6 +25,8 @@ HEADS = (
     "ForNextSentencePrediction",
 )
 PLACEMENTS = ("post", "pre")
+# What a saved folder carries of our code.
+CODE = {"attention.py", "configuration_bert_ln.py", "modeling_bert_ln.py", "norms.py", "placements.py"}
 
 
 def ours(head="ForMaskedLM", placement="pre", seed=0, **settings):

@@ -6,7 +6,7 @@ import sys
 import pytest
 import yaml
 
-from recipes.arguments import UserError
+from recipes.arguments import UserError, model_config
 from recipes.command_line import DEFAULT_CONFIG, parse_arguments
 from recipes.stages import build_stages
 from tests.conftest import ROOT
@@ -120,6 +120,80 @@ def test_mistakes_in_yaml_are_named(tmp_path, text, message):
     with pytest.raises(UserError) as error:
         parse_arguments(["--config", str(config)])
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        ("--norm_type none", "none"),
+        ("--qk_norm none", None),
+        ("--qk_norm l2", "l2"),
+        ("--attention_window none", None),
+        ("--attention_window 4", 4),
+        ("--attention_window 4 --attention_window_global last_layer", "last_layer"),
+        ("--initializer xavier_normal", "xavier_normal"),
+        ("--norm_placement normformer --normformer_residual_scale", True),
+        ("--norm_placement deep_norm --deep_norm_alpha 2", 2.0),
+        ("--norm_placement deep_norm --num_hidden_layers 8 --deep_norm_alpha none", 2.0),
+        ("--norm_placement re_zero --embedding_norm none", False),
+        ("--norm_placement recursive_skip --recursive_skip_order 3", 3),
+        ("--norm_type ada_norm --ada_norm_scale 2", 2.0),
+        ("--norm_type dyt --dyt_alpha 1e-1", 0.1),
+    ],
+)
+def test_methods_are_options(tmp_path, words, value):
+    """On the command line and in YAML; what is none is the method's own, as far as it has one."""
+    args = parse_arguments(words.split())
+    names = [word.removeprefix("--") for word in words.split() if word.startswith("--")]
+    found = getattr(model_config(args, vocab_size=100), names[-1])
+    assert (found, type(found)) == (value, type(value))
+    config = tmp_path / "run.yaml"
+    given = f" {words}".split(" --")[1:]
+    config.write_text("".join(f"{': '.join((option + ' true').split()[:2])}\n" for option in given))
+    assert parse_arguments(["--config", str(config)]).model == args.model
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--norm_placement deepnorm", "did you mean 'deep_norm'"),
+        ("--norm_type rmsnorm", "did you mean 'rms_norm'"),
+        ("--qk_norm l3", "did you mean 'l2'"),
+        ("--initializer xavier", "did you mean 'xavier_normal'"),
+        ("--attention_window_global CLS", "attention_window_global"),
+        ("--attention_windows 4", "did you mean attention_window?"),
+        ("--attention_window wide", "attention_window 'wide': must be of type int or null"),
+        ("--attention_window 0", "attention_window=0 must be None or at least 1"),
+        ("--attention_window 4 --attention_window_causal", "attention_window_global='cls' lets all tokens"),
+        ("--attention_window_global none", "attention_window_global='none' has no effect"),
+        ("--norm_placement re_zero --norm_type rms_norm", "norm_placement='re_zero': it has no norms"),
+        ("--norm_placement t_fixup --embedding_norm true", "embedding_norm=True must be false"),
+        ("--norm_placement post --norm_type none", "it would be another method"),
+        ("--norm_placement deep_norm --norm_type dyt", "takes away the scale of each token"),
+        ("--norm_placement hybrid_norm --qk_norm l2", "qk_norm='l2' must be None"),
+        ("--deep_norm_alpha 2", "deep_norm_alpha=2.0 has no effect with norm_placement='pre'"),
+        ("--norm_placement deep_norm --deep_norm_alpha 0", "deep_norm_alpha=0.0 must be above 0"),
+        ("--frn_tlu", "frn_tlu=True has no effect with norm_type='layer_norm'"),
+        ("--norm_placement mix_ln --mix_ln_alpha 2", "mix_ln_alpha=2.0 must be between 0 and 1"),
+        ("--norm_placement recursive_skip --recursive_skip_order 0", "recursive_skip_order=0 must be"),
+        ("--qk_norm rms_norm --qk_norm_length 9", "qk_norm_length=9 has no effect without qk_norm='l2'"),
+    ],
+)
+def test_methods_that_make_no_sense_are_refused_in_one_line(words, message):
+    with pytest.raises(UserError) as error:
+        parse_arguments(words.split())
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_refused_pair_ends_the_command_before_any_work(tmp_path):
+    command = [sys.executable, str(ROOT / "recipes" / "pretrain.py")]
+    command += ["--norm_placement", "re_zero", "--norm_type", "rms_norm"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (run.returncode, run.stdout) == (2, "")
+    (line,) = run.stderr.splitlines()
+    assert line.startswith("error: norm_type='rms_norm' is not possible with norm_placement='re_zero'")
+    assert not list(tmp_path.iterdir())
 
 
 def test_help_lists_every_option_with_its_default():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 
 import numpy as np
@@ -11,14 +12,33 @@ from torch import nn
 from torch.nn import functional as F
 
 from bert_ln.placements import PLACEMENTS
-from recipes import gradients
+from recipes import gradient_study, gradients
 from recipes.arguments import UserError
+from recipes.command_line import parse_arguments
 from recipes.gradient_arguments import parse_gradient_arguments
 from recipes.gradient_probe import measure, xavier_
-from recipes.gradient_report import report_text, summarise
+from recipes.gradient_report import _style, report_text, summarise
 from recipes.gradient_study import load_model, plan
+from recipes.pretraining import pretrain
 from tests.model_fixtures import SIZES, mlm_labels, ours, randomise
 
+# Norms in a layer, and at both ends of the encoder, written from the papers' formulas.
+NORMS = {
+    "post": (2, 1),
+    "pre": (2, 2),
+    "sandwich": (4, 2),
+    "sub_ln": (4, 2),
+    "normformer": (4, 2),
+    "deep_norm": (2, 1),
+    "b2t": (2, 1),
+    "residual_dual": (2, 2),
+    "admin": (2, 1),
+    "recursive_skip": (4, 1),
+    "mix_ln": (2, 2),
+    "hybrid_norm": (4, 2),
+    "re_zero": (0, 0),
+    "t_fixup": (0, 0),
+}
 SMALL = {
     "vocab_size": 1000,
     "max_seq_length": 32,
@@ -89,8 +109,11 @@ def test_every_norm_of_the_encoder_is_found_and_its_input_measured(placement):
     model, (batch,) = model_of(placement), batches_of([3])
     found = measure(model, [batch]).norm_inputs
     norms = {name: m for name, m in model.bert.named_modules() if isinstance(m, nn.LayerNorm)}
-    assert len(norms) == 1 + 3 * 2 + PLACEMENTS[placement].final_norm
+    in_layer, at_the_ends = NORMS[placement]
+    assert len(norms) == 3 * in_layer + at_the_ends
     assert set(found) == set(norms)
+    if not norms:
+        return
     assert next(iter(found)) == "embeddings.LayerNorm"
     embeddings = model.bert.embeddings
     first = embeddings.word_embeddings(batch["input_ids"]) + embeddings.token_type_embeddings.weight[0]
@@ -205,6 +228,45 @@ def test_the_command_measures_reports_and_reuses(command, tmp_path):
     assert code == 0, said
     (measured,) = json.loads((out / "gradients.json").read_text())["measurements"]
     assert measured["w2_gradient"] == by_point["warmup", "pre", 2]["w2_gradient"]
+
+
+def test_the_command_measures_and_draws_every_placement(command, tmp_path, monkeypatch):
+    """More placements than a figure has colours, and those whose gradients start at 0."""
+    warmed_up = []
+
+    def in_this_process(words, **_):
+        warmed_up.append(words)
+        pretrain(parse_arguments(words[2:]))
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(gradient_study.subprocess, "run", in_this_process)
+    settings = {"norm_placements": "all", "depths": [1], "num_hidden_layers": 2, "max_eval_samples": 8}
+    code, said = command(**settings)
+    assert code == 0, said
+    assert len(warmed_up) == len(PLACEMENTS)
+    measurements = json.loads((tmp_path / "out" / "gradients.json").read_text())["measurements"]
+    kinds = {"bert": (1, 2), "xavier": (1, 2), "theory": (1, 2), "warmup": (2,)}
+    found = [(m["kind"], m["norm_placement"], m["num_hidden_layers"]) for m in measurements]
+    expected = {(kind, p, depth) for kind, depths in kinds.items() for p in PLACEMENTS for depth in depths}
+    assert len(found) == len(expected) and set(found) == expected
+    for one in measurements:
+        in_layer, at_the_ends = NORMS[one["norm_placement"]]
+        ends = at_the_ends - (one["kind"] == "theory" and at_the_ends > 0)  # it has no embedding norm
+        assert len(one["norm_inputs"]) == one["num_hidden_layers"] * in_layer + ends
+        starts_at_0 = one["norm_placement"] == "re_zero" and one["kind"] != "warmup"
+        assert all((gradient == 0) == starts_at_0 for gradient in one["w1_gradient"]), one
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "nan" not in report.lower()
+    for name in ("gradient_by_layer", "gradient_by_depth", "hidden_states", "towards_the_input"):
+        picture = (tmp_path / "out" / f"{name}.svg").read_text()
+        assert all(f"<!-- {placement}" in picture for placement in PLACEMENTS), name
+
+
+def test_every_placement_has_a_line_of_its_own():
+    ones = [measurement(seed, placement=placement) for placement in PLACEMENTS for seed in range(2)]
+    summary = summarise(ones)
+    styles = [_style(summary, group) for group in summary["groups"]]
+    assert len({(style["color"], style["ls"]) for style in styles}) == len(PLACEMENTS)
 
 
 def test_a_checkpoint_of_another_tokenizer_is_refused(command, tmp_path, cache_dir):

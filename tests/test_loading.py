@@ -12,15 +12,13 @@ import pytest
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from model_fixtures import HEADS, PLACEMENTS, SIZES, batch, ours, randomise, stock
+from model_fixtures import CODE, HEADS, PLACEMENTS, SIZES, batch, ours, randomise, stock
 from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel, BertTokenizer
 
 import bert_ln
 from bert_ln import BertLnConfig, BertLnForMaskedLM, BertLnForSequenceClassification, BertLnModel, norms
-
-CODE = {"configuration_bert_ln.py", "modeling_bert_ln.py", "norms.py", "placements.py"}
 
 
 def save_tokenizer(folder):
@@ -189,7 +187,7 @@ def test_another_number_of_layers_as_stock(tmp_path, placement, layers):
         BertLnForMaskedLM.from_pretrained(tmp_path, config=config)
 
 
-class Gain(nn.Module):
+class Gain(nn.Module, norms.Norm):
     """A norm that no base class knows how to initialise."""
 
     def __init__(self, config, width):
@@ -241,7 +239,7 @@ def test_decoder_from_an_encoder_is_allowed(tmp_path):
     assert model.encoder.layer[0].crossattention.output.pre_norm.weight.eq(1).all()
 
 
-WITHOUT_PACKAGE = """
+BLOCKED = """
 import sys
 
 class Blocker:
@@ -250,6 +248,21 @@ class Blocker:
             raise ModuleNotFoundError(f"{name} is blocked", name=name)
 
 sys.meta_path.insert(0, Blocker())
+"""
+
+
+def run_without_package(code, home, *arguments):
+    """Run `code` in a process that is offline and cannot import our packages."""
+    (home / "elsewhere").mkdir()
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(home / "modules"), "HF_HOME": str(home)}
+    return subprocess.run(
+        [sys.executable, "-c", BLOCKED + code, *map(str, arguments)],
+        cwd=home / "elsewhere", env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+LOAD_EVERY_HEAD = """
 import json, torch, transformers
 from transformers import AutoConfig, AutoTokenizer
 
@@ -298,25 +311,14 @@ print("loaded", len(seen))
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_folder_is_complete_without_this_package(tmp_path, placement):
-    source, target, elsewhere = tmp_path / "source", tmp_path / "target", tmp_path / "elsewhere"
-    elsewhere.mkdir()
+    source, target, reference = (tmp_path / name for name in ("source", "target", "reference.json"))
     model = randomise(ours("ForMaskedLM", placement))
     model.save_pretrained(source)
     save_tokenizer(source)
     inputs = batch()
     values = inputs | {"logits": model(**inputs).logits.detach()}
-    reference = tmp_path / "reference.json"
     reference.write_text(json.dumps({name: value.tolist() for name, value in values.items()}))
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {
-        "HF_HUB_OFFLINE": "1",
-        "HF_MODULES_CACHE": str(tmp_path / "modules"),
-        "HF_HOME": str(tmp_path),
-    }
-    command = [sys.executable, "-c", WITHOUT_PACKAGE, str(source), str(target), str(reference)]
-    run = subprocess.run(
-        command, cwd=elsewhere, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
+    run = run_without_package(LOAD_EVERY_HEAD, tmp_path, source, target, reference)
     assert run.returncode == 0, run.stderr
     assert f"loaded {len(HEADS)}" in run.stdout
     for folder in ("Base", "ForMaskedLM", "config_only"):

@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 
 from recipes import console, pretraining
 from recipes.arguments import UserError
@@ -17,10 +18,11 @@ from recipes.batches import TrainingBatches
 from recipes.masking import Masker
 from recipes.preparation import prepare_data
 from recipes.pretraining import pretrain
+from recipes.run_record import model_settings
 from recipes.stages import build_stages
 from recipes.training import Trainer
 from tests.conftest import ROOT, metrics_of
-from tests.test_training import digest
+from tests.test_training import DROPOUT, Interrupted, digest, interrupt_at
 
 
 def contents(folder):
@@ -77,6 +79,55 @@ def test_operational_options_may_change(tiny, finished, capsys):
     options = {"gradient_accumulation_steps": 2, "save_steps": 3, "norm_type": "layer_norm"}
     pretrain(tiny(max_steps=4, per_device_train_batch_size=4, **options))
     assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_factor_may_be_given_or_taken_from_the_paper():
+    model = {"norm_placement": "deep_norm", "num_hidden_layers": 12}
+    papers = model_settings(model)
+    own = {"deep_norm_alpha": 24**0.25, "deep_norm_beta": 96**-0.25}
+    assert model_settings(model | own | {"embedding_norm": True, "initializer": "xavier_normal"}) == papers
+    for change in ({"deep_norm_alpha": 2.0}, {"initializer": "normal"}, {"embedding_norm": False}):
+        assert model_settings(model | change) != papers
+
+
+# Placements and norms with numbers of their own, which training moves, in combinations that make runs few.
+METHODS = {
+    "normformer": {
+        "norm_placement": "normformer",
+        "normformer_residual_scale": True,
+        "norm_type": "frn",
+        "frn_tlu": True,
+        "isolate_documents": True,
+        "gradient_checkpointing": True,
+    },
+    "residual_dual": {"norm_placement": "residual_dual", "qk_norm": "l2"},
+    "re_zero": {"norm_placement": "re_zero", "attention_window": 4, "isolate_documents": True},
+    "admin": {"norm_placement": "admin", "norm_type": "ada_norm", "qk_norm": "rms_norm"},
+}
+FACTORS = {
+    "normformer": ("head_scale", "residual_scale", ".eps", ".tau"),
+    "residual_dual": ("query.norm.scale",),
+    "re_zero": ("residual_weight",),
+    "admin": (".omega", "key.norm.weight"),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_resuming_changes_nothing_whatever_the_method(tiny, tmp_path, monkeypatch, name):
+    options = METHODS[name] | DROPOUT | {"max_steps": 6, "save_steps": 2}
+    pretrain(tiny(output_dir=str(tmp_path / "whole"), **options))
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt_at(patch, 5)
+        pretrain(tiny(**options))
+    pretrain(tiny(**options))
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert digest(run / "checkpoint-6") == digest(whole / "checkpoint-6")
+    assert metrics_of(run) == metrics_of(whole)
+    # Its numbers are among what is saved, and have moved after the checkpoint that was resumed from.
+    early, late = (load_file(run / f"checkpoint-{step}" / "model.safetensors") for step in (4, 6))
+    for factor in FACTORS[name]:
+        moved = [not torch.equal(early[key], late[key]) for key in late if key.endswith(factor)]
+        assert moved and all(moved), factor
 
 
 def test_a_foreign_folder_is_not_touched(tiny, tmp_path):
