@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING, Any, Self
 
 from huggingface_hub.dataclasses import strict, validated_field
@@ -80,15 +80,14 @@ POSITIVE = (
 MISSPELT = 0.88
 
 
-def _one_of(*allowed: str | None) -> Callable[[str | None], None]:
+def _one_of(allowed: Collection[str], or_none: bool = False) -> Callable[[str | None], None]:
     """Return a check that a value is among the `allowed`, with an error that suggests the nearest name."""
-    names = sorted(name for name in allowed if name is not None)
 
     def check(value: str | None) -> None:
-        if value not in allowed:
-            nearest = difflib.get_close_matches(str(value), names, n=1)
+        if value not in allowed and not (or_none and value is None):
+            nearest = difflib.get_close_matches(str(value), allowed, n=1)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-            raise ValueError(f"{value!r} is not one of {names}{hint}")
+            raise ValueError(f"{value!r} is not one of {sorted(allowed)}{hint}")
 
     return check
 
@@ -131,10 +130,10 @@ class BertLnConfig(BertConfig):
     _auto_class = "AutoConfig"
 
     layer_norm_eps: float | dict[str, float] = 1e-12
-    norm_placement: str = validated_field(_one_of(*PLACEMENTS), default="pre")
-    norm_type: str = validated_field(_one_of(*NORMS), default="layer_norm")
+    norm_placement: str = validated_field(_one_of(PLACEMENTS), default="pre")
+    norm_type: str = validated_field(_one_of(NORMS), default="layer_norm")
     embedding_norm: bool | None = None
-    initializer: str | None = validated_field(_one_of(*INITIALIZERS, None), default=None)
+    initializer: str | None = validated_field(_one_of(INITIALIZERS, or_none=True), default=None)
     ada_norm_scale: float | int = 1.0
     ada_norm_k: float | int = 0.1
     frn_tlu: bool = False
@@ -152,11 +151,11 @@ class BertLnConfig(BertConfig):
     hybrid_norm_star: bool = False
     t_fixup_gain: float | int | None = None
     t_fixup_embedding_gain: float | int | None = None
-    qk_norm: str | None = validated_field(_one_of(*QK_NORMS, None), default=None)
+    qk_norm: str | None = validated_field(_one_of(QK_NORMS, or_none=True), default=None)
     qk_norm_length: int | None = None
     attention_window: int | None = None
     attention_window_causal: bool = False
-    attention_window_global: str = validated_field(_one_of(*GLOBAL), default="cls")
+    attention_window_global: str = validated_field(_one_of(GLOBAL), default="cls")
     sparse_prediction: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:

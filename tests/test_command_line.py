@@ -158,7 +158,7 @@ def test_methods_are_options(tmp_path, words, value):
     [
         ("--norm_placement deepnorm", "did you mean 'deep_norm'"),
         ("--norm_type rmsnorm", "did you mean 'rms_norm'"),
-        ("--qk_norm l3", "did you mean 'l2'"),
+        ("--qk_norm l3", "qk_norm: 'l3' is not one of ['l2', 'layer_norm', 'rms_norm']"),
         ("--initializer xavier", "did you mean 'xavier_normal'"),
         ("--attention_window_global CLS", "attention_window_global"),
         ("--attention_windows 4", "did you mean attention_window?"),
@@ -172,7 +172,7 @@ def test_methods_are_options(tmp_path, words, value):
         ("--norm_placement deep_norm --norm_type dyt", "takes away the scale of each token"),
         ("--norm_placement hybrid_norm --qk_norm l2", "qk_norm='l2' must be None"),
         ("--deep_norm_alpha 2", "deep_norm_alpha=2.0 has no effect with norm_placement='pre'"),
-        ("--norm_placement deep_norm --deep_norm_alpha 0", "deep_norm_alpha=0.0 must be above 0"),
+        ("--norm_placement deep_norm --deep_norm_alpha 0", "deep_norm_alpha=0.0 must be a number above 0"),
         ("--frn_tlu", "frn_tlu=True has no effect with norm_type='layer_norm'"),
         ("--norm_placement mix_ln --mix_ln_alpha 2", "mix_ln_alpha=2.0 must be between 0 and 1"),
         ("--norm_placement recursive_skip --recursive_skip_order 0", "recursive_skip_order=0 must be"),
