@@ -18,6 +18,7 @@ from matplotlib import colormaps
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from recipes.files import write_json
@@ -26,6 +27,8 @@ from recipes.gradient_study import CHECKPOINT, WARMUP
 from recipes.intervals import mean_interval
 from recipes.theory import POST_LAYER_FACTOR, THEORY, exponent, exponents_of_lemma_2
 
+# Entries of a legend that stands inside its panel.
+FEW = 6
 GRADIENTS = ("w1_gradient", "w2_gradient", "w1_batch_gradient", "w2_batch_gradient", "stream_gradient")
 TITLES = {
     "bert": "BERT's initialisation",
@@ -170,11 +173,25 @@ def draw_figures(summary: dict[str, Any], folder: Path) -> list[str]:
     for name, draw in figures.items():
         figure = draw(summary)
         if figure is not None:
+            _move_long_legends(figure)
             figure.savefig(folder / f"{name}.png", dpi=110)
             figure.savefig(folder / f"{name}.svg")
             plt.close(figure)
             drawn.append(name)
     return drawn
+
+
+def _move_long_legends(figure: Figure) -> None:
+    """Put what would hide the curves below the figure, each label once."""
+    long = [axes for axes in figure.axes if axes.get_legend() and len(axes.get_legend().texts) > FEW]
+    handles = {}
+    for axes in long:
+        axes.get_legend().remove()
+        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    if handles:
+        width, height = figure.get_size_inches()
+        figure.set_size_inches(width, height + 0.2 * len(handles) / 4)
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize="small")
 
 
 def _panels(summary: dict[str, Any]) -> list[tuple[str, list[Group]]]:
@@ -245,7 +262,8 @@ def _draw_by_depth(summary: dict[str, Any]) -> Any:
     for one in axes.flat:
         one.set_xticks(ticks, map(str, ticks))
         one.xaxis.minorticks_off()
-        one.yaxis.set_minor_formatter("{x:g}")
+        low, high = one.get_ylim()
+        one.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else NullFormatter())
         # Room for the legend below the values.
         one.set_ylim(bottom=0.5 * one.get_ylim()[0])
         one.legend(fontsize="small", loc="lower left")
