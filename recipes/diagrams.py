@@ -533,9 +533,9 @@ def pairs() -> str:
         cells = []
         for norm in NORMS:
             reason = _refusal(placement, norm)
-            cells.append(f"no ({reasons.setdefault(reason, len(reasons) + 1)})" if reason else "yes")
+            cells.append(f"no<sup>{reasons.setdefault(reason, len(reasons) + 1)}</sup>" if reason else "yes")
         lines.append(f"| `{placement}` | " + " | ".join(cells) + " |")
-    notes = [line for reason, number in reasons.items() for line in ("", f"({number}) {reason}.")]
+    notes = [line for reason, number in reasons.items() for line in ("", f"<sup>{number}</sup> {reason}.")]
     return "\n" + "\n".join([*lines, *notes]) + "\n"
 
 

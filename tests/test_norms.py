@@ -242,7 +242,7 @@ def sets_of_tokens(row):
 
 
 def first_tokens(row):
-    """What the model tells the norm: the first token of the same document; padding is alone."""
+    """A number for each document, the first of its tokens; each padding token is alone, as in the model."""
     return [t if letter == "." else row.index(letter) for t, letter in enumerate(row)]
 
 
@@ -392,7 +392,7 @@ def test_two_calls_and_one_backward_with_gradient_checkpointing():
 
 
 @pytest.mark.parametrize(("settings", "words"), [
-    ({"is_decoder": True}, "norm_type='frn' needs is_decoder=False"),
+    ({"is_decoder": True}, "is_decoder=True must be false with norm_type='frn'"),
     ({"chunk_size_feed_forward": 2}, "chunk_size_feed_forward=2 must be 0 .* norm_type='frn'"),
 ])  # fmt: skip
 def test_frn_is_refused_where_it_would_be_wrong(settings, words):
@@ -438,14 +438,16 @@ def test_half_precision_is_that_of_the_output_alone(kind, settings, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("kind", "settings"), KINDS)
 def test_autocast_leaves_norms_exact(kind, settings, dtype):
-    """Parameters stay in float32, inputs are what a matrix product gives."""
+    """Parameters stay in float32; inputs are what a matrix product gives, or a stream in float32."""
     norm = norm_of(kind, dtype=torch.float32, **settings)
+    norm.segments = torch.tensor([[0, 0, 0, 1, 1]] * 3)  # which FRN alone reads
     for scale in (0, 1e-4, 1, 1e3):
         x = (scale * numbers(3, 5, WIDTH)).to(dtype)
         with torch.autocast("cpu", dtype=dtype):
-            y = norm(x)
-        tolerance = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-3}
-        torch.testing.assert_close(y.float(), norm(x.float()), **tolerance)
+            narrow, wide = norm(x), norm(x.float())
+        exact = norm(x.float())
+        torch.testing.assert_close(narrow.float(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-3)
+        torch.testing.assert_close(wide, exact)
 
 
 # --- parameters ---------------------------------------------------------------------------------------------
