@@ -50,6 +50,9 @@ LAYER_DETAILS = (
     "recursive_skip_shared_norm",
 )
 
+# With or without embedding norm, these layers are those of another stock architecture.
+CONVERTIBLE = {"norm_placement": "pre", "norm_type": "layer_norm", "embedding_norm": True}
+
 INITIALIZERS = ("normal", "xavier_normal")
 
 SMALLEST = {
@@ -231,7 +234,10 @@ class BertLnConfig(BertConfig):
         for name in method.defaults(self):
             # A placement that is assigned to a config that exists is too late for its factors.
             has_value = getattr(self, name) is not None
-            self._require(name, has_value, f"has no value for norm_placement={placement!r}")
+            reason = (
+                f"has no value for norm_placement={placement!r}: give the placement when the config is made"
+            )
+            self._require(name, has_value, reason)
         with_placement, with_norm = f"with norm_placement={placement!r}", f"with norm_type={norm!r}"
         self._require(
             "embedding_norm",
@@ -266,6 +272,12 @@ class BertLnConfig(BertConfig):
         window = self.attention_window
         self._require("attention_window", window is None or window >= 1, "must be None or at least 1")
         self._require("attention_window", window is None or not self.is_decoder, "needs is_decoder=False")
+        crosses_tokens = NORMS[self.norm_type].crosses_tokens
+        self._require(
+            "attention_window",
+            window is None or not crosses_tokens,
+            f"must be None with norm_type={self.norm_type!r}, which makes each token depend on all others",
+        )
         self._require(
             "attention_window_global",
             not (self.attention_window_causal and self.attention_window_global == "cls"),
@@ -329,7 +341,9 @@ class BertLnConfig(BertConfig):
         output = super().to_dict() | {"auto_map": dict(AUTO_MAP), "sparse_prediction": False}
         if not self.has_stock_layers:
             layers = ", ".join(f"{name}={value}" for name, value in self.layers.items())
-            way_out = "load with trust_remote_code=True, or convert with bert_ln.conversion"
+            way_out = "load with trust_remote_code=True"
+            if {**self.layers, "embedding_norm": True} == CONVERTIBLE:
+                way_out += ", or convert with bert_ln.conversion"
             output["layer_norm_eps"] = {f"not stock BERT: {layers}; {way_out}": self.layer_norm_eps}
         return output
 

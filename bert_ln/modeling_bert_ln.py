@@ -253,7 +253,7 @@ class BertLnPreTrainedModel(BertPreTrainedModel):
             layers = ", ".join(f"{name}={value!r}" for name, value in model.config.layers.items())
             raise ValueError(
                 f"{source} holds the weights of another architecture than {layers}: {reason}. "
-                "Load it with its own config: weights cannot be moved between placements."
+                "Load it with its own config: weights cannot be moved between methods."
             )
         return (model, info) if output_loading_info else model
 
@@ -276,7 +276,9 @@ def _other_config(
     # A window has no weights: it may be put on, or taken off, when a model is loaded.
     ours = {name: value for name, value in config.layers.items() if not name.startswith("attention_window")}
     theirs = {name: value for name, value in stated.items() if not name.startswith("attention_window")}
-    return None if theirs == ours else f"its config.json says {theirs}"
+    different = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
+    words = ", ".join(f"{name}={theirs[name]!r}" for name in different if name in theirs)
+    return f"its config.json says {words or 'nothing of ' + ', '.join(different)}" if different else None
 
 
 # Every layer has this weight, in every placement.

@@ -15,6 +15,10 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from bert_ln import BertLnConfig
+from bert_ln.attention import GLOBAL, QK_NORMS
+from bert_ln.configuration_bert_ln import INITIALIZERS
+from bert_ln.norms import NORMS
+from bert_ln.placements import PLACEMENTS
 from recipes.arguments import (
     MODEL_OPTIONS,
     DataArguments,
@@ -28,6 +32,14 @@ from recipes.arguments import (
 )
 from recipes.stages import build_stages
 
+# What the options of the model that are names may be.
+CHOICES = {
+    "norm_placement": PLACEMENTS,
+    "norm_type": NORMS,
+    "initializer": INITIALIZERS,
+    "qk_norm": QK_NORMS,
+    "attention_window_global": GLOBAL,
+}
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.yaml"
 
 
@@ -138,8 +150,15 @@ def _options() -> dict[str, Option]:
     for group in (DataArguments, MaskingArguments, OptimizationArguments, RunArguments):
         options |= options_of(group)
     for name, annotation in MODEL_OPTIONS.items():
-        options[name] = Option(annotation, getattr(BertLnConfig, name), f"{name} of BertLnConfig.")
+        options[name] = Option(annotation, getattr(BertLnConfig, name), _model_help(name))
     return options
+
+
+def _model_help(name: str) -> str:
+    """The help of an option of the model: the names it may have, and where it is explained."""
+    known = f" One of {', '.join(CHOICES[name])}." if name in CHOICES else ""
+    is_own = name in BertLnConfig.__annotations__
+    return f"{name} of BertLnConfig.{known}{' See docs/normalisation.md.' if is_own else ''}"
 
 
 def _field_docstrings(group: type) -> dict[str, str]:

@@ -282,11 +282,17 @@ def placement_name(placement: str) -> str:
     return {"post": "Post-LN", "pre": "Pre-LN"}.get(placement, placement)
 
 
-def best_of_placements(curves: StudyCurves) -> dict[str, ArmCurves]:
-    """The best among the best arms of each norm placement that has one, in the order of the arms."""
+def method_name(arm: ArmCurves) -> str:
+    """The placement's name, and the norm where a study has several."""
+    norm = arm.options.get("norm_type")
+    return placement_name(arm.placement) + (f" with {norm}" if norm else "")
+
+
+def best_of_methods(curves: StudyCurves) -> dict[str, ArmCurves]:
+    """The best among the best arms of each placement and norm that has one, in the order of the arms."""
     best = {}
-    for placement in dict.fromkeys(arm.placement for arm in curves.arms):
-        arms = [group.best for group in groups(curves) if group.placement == placement and group.best]
+    for method in dict.fromkeys(method_name(arm) for arm in curves.arms):
+        arms = [group.best for group in groups(curves) if group.best and method_name(group.best) == method]
         if (chosen := best_arm(arms)) is not None:
-            best[placement] = chosen
+            best[method] = chosen
     return best

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-from recipes.comparison import best_of_placements, final_loss, groups, placement_name
+from recipes.comparison import best_of_methods, final_loss, groups, placement_name
 from recipes.study_results import LEARNING_RATE, PLACEMENT, ArmCurves, StudyCurves
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -211,7 +211,7 @@ def draw_best(curves: StudyCurves) -> Figure:
 def _best_curves(
     axes: Axes, curves: StudyCurves, chosen: list[ArmCurves], abscissa: Callable[[ArmCurves], np.ndarray]
 ) -> None:
-    bold = [arm.name for arm in best_of_placements(curves).values()]
+    bold = [arm.name for arm in best_of_methods(curves).values()]
     for arm in chosen:
         width = 2.2 if arm.name in bold else 1.1
         _mean_and_band(axes, abscissa(arm), arm, arm_styles(curves)[arm.name], width)

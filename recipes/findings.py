@@ -6,17 +6,19 @@ from recipes.comparison import (
     MANY_SEEDS,
     Estimate,
     StepsRatio,
-    best_of_placements,
+    best_of_methods,
     chance_of_exclusion,
     final_loss,
     groups,
+    method_name,
     paired_difference,
-    placement_name,
     steps_ratio,
 )
 from recipes.study_results import LEARNING_RATE, ArmCurves, RunCurves, StudyCurves
 
 DASH = "–"
+# So many methods are compared each with each.
+FEW = 3
 DIAGNOSES = {
     "diverged": "diverged",
     "plateau": "did not get below the loss of a model without context (plateau)",
@@ -26,12 +28,12 @@ DIAGNOSES = {
 
 def short_answer(curves: StudyCurves) -> list[str]:
     """Completeness, the best of each placement, how far they differ, trouble, reserve: a sentence each."""
-    best = best_of_placements(curves)
+    best = best_of_methods(curves)
     return [
         _completeness(curves),
         *(_best_sentence(curves, arm) for arm in best.values()),
         *_difference_sentences(best),
-        *(_ratio_sentence(best[fast], best[slow]) for fast, slow in permutations(best, 2)),
+        *_ratio_sentences(list(best.values())),
         *_trouble_sentences(curves),
         *_reserve(best),
     ]
@@ -89,7 +91,7 @@ def _steps(steps: set[int | None]) -> str:
 def _best_sentence(curves: StudyCurves, arm: ArmCurves) -> str:
     group = next(group for group in groups(curves) if group.best is arm)
     rate = "" if LEARNING_RATE in arm.label else f" (learning rate {arm.options[LEARNING_RATE]:g})"
-    words = f"Best {placement_name(arm.placement)}: {arm.label}{rate}, final validation loss "
+    words = f"Best {method_name(arm)}: {arm.label}{rate}, final validation loss "
     words += estimate_words(final_loss(arm))
     return f"{words}; {group.note}." if group.note else f"{words}."
 
@@ -106,7 +108,7 @@ def estimate_words(value: Estimate) -> str:
 def _difference_sentences(best: dict[str, ArmCurves]) -> list[str]:
     """The placement of the lowest mean final loss against each of the others."""
     if len(best) < 2:
-        return ["There are not two placements with a best arm: placements are not compared."]
+        return ["There are not two placements or norms with a best arm: none are compared."]
     first, *others = sorted(best.values(), key=lambda arm: final_loss(arm).mean)
     return [_difference(first, other) for other in others]
 
@@ -114,7 +116,7 @@ def _difference_sentences(best: dict[str, ArmCurves]) -> list[str]:
 def _difference(arm: ArmCurves, other: ArmCurves) -> str:
     """How much lower one of two arms ends, over the seeds that both have finished."""
     mine, theirs, paired = final_loss(arm), final_loss(other), paired_difference(other, arm)
-    name, other_name = placement_name(arm.placement), placement_name(other.placement)
+    name, other_name = method_name(arm), method_name(other)
     if not paired.n:
         return f"The best of {name} and of {other_name} have no finished seed in common: not compared."
     if paired.mean < 0:
@@ -130,9 +132,16 @@ def _difference(arm: ArmCurves, other: ArmCurves) -> str:
     )
 
 
+def _ratio_sentences(best: list[ArmCurves]) -> list[str]:
+    """Steps ratios both ways; of many, those of the one that ends lowest."""
+    lowest = min(best, key=lambda arm: final_loss(arm).mean, default=None)
+    pairs = permutations(best, 2)
+    return [_ratio_sentence(*pair) for pair in pairs if len(best) <= FEW or pair[0] is lowest]
+
+
 def _ratio_sentence(fast: ArmCurves, slow: ArmCurves) -> str:
     ratio = steps_ratio(fast, slow)
-    one, other = placement_name(fast.placement), placement_name(slow.placement)
+    one, other = method_name(fast), method_name(slow)
     if ratio is None:
         return f"Steps ratio of {one} against {other}: no finished seed in common."
     if ratio.ratio is None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bert_ln.placements import PLACEMENTS
-from recipes.arguments import PretrainingArguments, UserError, nearest
+from recipes.arguments import PretrainingArguments, UserError, model_config, nearest
 from recipes.command_line import (
     DEFAULT_CONFIG,
     Parser,
@@ -109,6 +109,9 @@ def build_gradient_arguments(values: dict[str, Any]) -> GradientArguments:
     if checked.seed + probe.seeds > 2**32:
         raise UserError(f"seed {checked.seed}: with seeds {probe.seeds} the last is not less than 2**32")
     probe.depths = sorted({*probe.depths, checked.model["num_hidden_layers"]})
+    for placement in probe.norm_placements:
+        checked.model["norm_placement"] = placement
+        model_config(checked)
     return args
 
 

@@ -167,8 +167,8 @@ def _mean_squares(x: torch.Tensor) -> float:
 
 
 def keep_bert(model: PreTrainedModel) -> None:
-    """Keep what a new model has: N(0, initializer_range^2), biases 0 (Devlin et al. 2019), but for the
-    placements that bring an initialisation of their own."""
+    """Keep what a new model with `initializer="normal"` has: N(0, initializer_range^2), biases 0 (Devlin et
+    al. 2019), times the gain of the placement where it has one."""
 
 
 def xavier_(model: PreTrainedModel) -> None:

@@ -239,6 +239,8 @@ class GradientStudy:
         tokenizer = self.data.tokenizer
         set_seed(point.seed)
         config = model_config(args, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+        if point.kind == "bert":
+            config.initializer = "normal"  # whatever the placement brings
         model = build_model(args, config)
         INITS[point.kind](model)
         return model

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from recipes.comparison import (
     MANY_SEEDS,
     Group,
-    best_of_placements,
+    best_of_methods,
     chance_of_exclusion,
     final_loss,
     groups,
@@ -315,7 +315,7 @@ def _rates_row(group: Group) -> list[str]:
 
 
 def _ratio_section(curves: StudyCurves) -> Section:
-    best = best_of_placements(curves)
+    best = best_of_methods(curves)
     found = [group for group in groups(curves) if group.best]
     tables: list[Table | Text] = []
     if len(best) > 1:
@@ -330,7 +330,7 @@ def _ratio_section(curves: StudyCurves) -> Section:
 
 def _placement_ratios(best: dict[str, ArmCurves]) -> Table:
     return Table(
-        "The best arm of each placement against that of the other. Not reached: share of the resamples.",
+        "The best arm of each placement (and norm) against the others'. Not reached: share of the resamples.",
         ["fast", "slow", "best of slow", "its updates", "those of fast", "steps ratio", "not reached", "n"],
         [_placement_row(fast, slow) for fast, slow in permutations(best.values(), 2)],
         numbers=(2, 3, 4, 5, 6, 7),

@@ -8,7 +8,7 @@ import pytest
 
 from recipes.comparison import (
     MANY_SEEDS,
-    best_of_placements,
+    best_of_methods,
     chance_of_exclusion,
     eligible,
     final_loss,
@@ -163,10 +163,10 @@ def test_a_rate_at_which_a_seed_diverged_is_not_the_best(arms):
             ("pre", 1e-3): [[3, 1.8], [3, 1.8]],
         }
     )
-    best = best_of_placements(curves)
+    best = best_of_methods(curves)
     assert {placement: arm.options["learning_rate"] for placement, arm in best.items()} == {
-        "post": 1e-4,
-        "pre": 3e-4,
+        "Post-LN": 1e-4,
+        "Pre-LN": 3e-4,
     }
     assert not eligible(curves.arms[1])
     post, pre = groups(curves)
@@ -194,7 +194,7 @@ def test_the_best_rate_is_chosen_on_seeds_that_all_its_rates_have_finished(uneve
     curves = uneven({("pre", 1e-4): {0: 2.0, 1: 4.0}, ("pre", 3e-4): {0: 2.5}})
     (group,) = groups(curves)
     assert group.best is curves.arms[0]
-    assert best_of_placements(curves)["pre"] is curves.arms[0]
+    assert best_of_methods(curves)["Pre-LN"] is curves.arms[0]
     assert group.note.endswith("chosen on the seeds that all have finished: 0")
 
 
@@ -203,7 +203,7 @@ def test_nothing_is_chosen_between_different_seeds(uneven):
     (group,) = groups(curves)
     assert group.best is None
     assert group.note == "its arms have no finished seed in common"
-    assert best_of_placements(curves) == {}
+    assert best_of_methods(curves) == {}
 
 
 def test_rates_without_a_finished_run_are_not_tried(tmp_path):

@@ -97,7 +97,9 @@ def row(placement, **settings):
 
 def main():
     frequencies = real_text()[1]
-    print(f"unigram {-(frequencies * frequencies.clamp(min=1e-9).log()).sum():.3f}, width {HIDDEN}, {LAYERS} layers")
+    print(
+        f"unigram {-(frequencies * frequencies.clamp(min=1e-9).log()).sum():.3f}, width {HIDDEN}, {LAYERS} layers"
+    )
     print("| placement | gain | first / last gradient, first step | last step |\n| --- | --- | --- | --- |")
     for placement in PLACEMENTS:
         print(row(placement), flush=True)

@@ -678,7 +678,9 @@ def test_factor_of_another_method_is_refused(placement, factor):
 ])  # fmt: skip
 def test_factor_of_another_norm_is_refused(norm, settings):
     build("pre", norm_type=norm, **settings)
-    with pytest.raises(ValueError, match=f"{next(iter(settings))}=.* has no effect with norm_type='layer_norm'"):
+    with pytest.raises(
+        ValueError, match=f"{next(iter(settings))}=.* has no effect with norm_type='layer_norm'"
+    ):
         build("pre", **settings)
 
 
