@@ -270,9 +270,12 @@ def _other_config(
     # Only the Auto classes act on it, and reading a file of ours runs no code.
     download = {name: value for name, value in download.items() if name != "trust_remote_code"}
     try:
-        stated = BertLnConfig.from_dict(BertLnConfig.get_config_dict(source, **download)[0]).layers
-    except OSError:  # weights without a config
+        found = BertLnConfig.get_config_dict(source, **download)[0]
+    except OSError:
+        found = {}
+    if not found:  # weights without a config
         return None
+    stated = BertLnConfig.from_dict(found).layers
     # A window has no weights: it may be put on, or taken off, when a model is loaded.
     ours = {name: value for name, value in config.layers.items() if not name.startswith("attention_window")}
     theirs = {name: value for name, value in stated.items() if not name.startswith("attention_window")}

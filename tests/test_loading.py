@@ -155,7 +155,7 @@ def test_other_embedding_norm_is_refused(tmp_path, placement):
 
 def test_stock_folder_as_pre_ln_is_refused(tmp_path):
     stock().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"config\.json says {'norm_placement': 'post'"):
+    with pytest.raises(ValueError, match=r"config\.json says norm_placement='post'"):
         BertLnForMaskedLM.from_pretrained(tmp_path, norm_placement="pre")
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match="10 norm parameters are missing"):
@@ -219,7 +219,7 @@ def test_norm_with_the_same_names_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(norms.NORMS, "other", type("Other", (norms.LayerNorm,), {}))
     ours("Model").save_pretrained(tmp_path)
     for settings in ({"norm_type": "other"}, {"config": BertLnConfig(**SIZES, norm_type="other")}):
-        with pytest.raises(ValueError, match=r"config\.json says .*'norm_type': 'layer_norm'"):
+        with pytest.raises(ValueError, match=r"config\.json says norm_type='layer_norm'"):
             BertLnModel.from_pretrained(tmp_path, **settings)
 
 

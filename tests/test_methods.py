@@ -29,7 +29,6 @@ PAIRS = {
     },
     **{f"qk-{name}": {"qk_norm": name} for name in QK_NORMS},
     "frn-tlu": {"norm_type": "frn", "frn_tlu": True},
-    "frn-window": {"norm_type": "frn", "attention_window": 2},
     "post-frn": {"placement": "post", "norm_type": "frn"},
     "post-window-qk": {"placement": "post", "attention_window": 2, "qk_norm": "l2"},
     "sandwich-rms_norm": {"placement": "sandwich", "norm_type": "rms_norm"},

@@ -392,6 +392,7 @@ def test_two_calls_and_one_backward_with_gradient_checkpointing():
 
 
 @pytest.mark.parametrize(("settings", "words"), [
+    ({"attention_window": 2}, "attention_window=2 must be None with norm_type='frn'"),
     ({"is_decoder": True}, "is_decoder=True must be false with norm_type='frn'"),
     ({"chunk_size_feed_forward": 2}, "chunk_size_feed_forward=2 must be 0 .* norm_type='frn'"),
 ])  # fmt: skip
