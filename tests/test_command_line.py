@@ -167,6 +167,7 @@ def test_methods_are_options(tmp_path, words, value):
         ("--attention_window 4 --attention_window_causal", "attention_window_global='cls' lets all tokens"),
         ("--attention_window_global none", "attention_window_global='none' has no effect"),
         ("--norm_placement re_zero --norm_type rms_norm", "norm_placement='re_zero': it has no norms"),
+        ("--norm_type frn --attention_window 4", "attention_window=4 must be None with norm_type='frn'"),
         ("--norm_placement t_fixup --embedding_norm true", "embedding_norm=True must be false"),
         ("--norm_placement post --norm_type none", "it would be another method"),
         ("--norm_placement deep_norm --norm_type dyt", "takes away the scale of each token"),

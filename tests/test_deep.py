@@ -1,13 +1,12 @@
-"""A hundred layers: which placements learn. `python -m tests.test_deep` prints the tables of docs/results/deep.md."""
+"""A hundred layers: which placements learn. `python -m tests.test_deep` prints the table of deep.md."""
 
-import math
+import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
 
 from bert_ln import BertLnConfig, BertLnForMaskedLM
-from bert_ln.placements import PLACEMENTS
 from recipes.arguments import OptimizationArguments
 from recipes.optimization import build_optimizer, learning_rate_at
 
@@ -65,7 +64,7 @@ def train(placement, seed, **settings):
     ids, frequencies = real_text()
     model = build(placement, frequencies, seed, **settings)
     args = OptimizationArguments(
-        optim="adamw_torch_fused", learning_rate=1e-3, warmup_steps=10,
+        optim="adamw_torch_fused", learning_rate=5e-4, warmup_steps=10,
         lr_scheduler_type="constant_with_warmup",
     )  # fmt: skip
     optimizer, generator = build_optimizer(model, args), torch.Generator().manual_seed(seed)
@@ -95,17 +94,27 @@ def row(placement, **settings):
     return f"| {name} | {gains} | {start} | {end} |"
 
 
-def main():
+@pytest.mark.parametrize("placement", ["deep_norm", "admin"])
+def test_a_hundred_layers_learn(placement):
+    # Three seeds: deep_norm 0.385 to 0.425 nats, admin 0.326 to 0.508 (docs/results/deep.md).
+    assert train(placement, seed=0).gain > 0.15
+
+
+def test_a_hundred_layers_of_post_ln_do_not():
+    # Three seeds: at most 0.001 nats; the first layer's gradient ends at most at 7e-9 of the last one's.
+    run = train("post", seed=0)
+    assert run.gain < 0.05
+    assert run.end < 1e-3
+
+
+def main() -> None:
+    """Print the table."""
     frequencies = real_text()[1]
-    print(
-        f"unigram {-(frequencies * frequencies.clamp(min=1e-9).log()).sum():.3f}, width {HIDDEN}, {LAYERS} layers"
-    )
+    unigram = -(frequencies * frequencies.clamp(min=1e-9).log()).sum()
+    print(f"unigram cross-entropy {unigram:.3f}, {LAYERS} layers x {HIDDEN}, seeds {SEEDS}")
     print("| placement | gain | first / last gradient, first step | last step |\n| --- | --- | --- | --- |")
-    for placement in PLACEMENTS:
+    for placement in sys.argv[1:] or ("post", "deep_norm", "admin"):
         print(row(placement), flush=True)
-    for placement in ("post", "admin"):
-        for deviation in (0.02, 0.1):
-            print(row(placement, initializer="normal", initializer_range=deviation), flush=True)
 
 
 if __name__ == "__main__":

@@ -231,6 +231,7 @@ def test_the_command_measures_reports_and_reuses(command, tmp_path):
     assert measured["w2_gradient"] == by_point["warmup", "pre", 2]["w2_gradient"]
 
 
+@pytest.mark.filterwarnings("error:constrained_layout not applied")  # a legend as large as the figure
 def test_the_command_measures_and_draws_every_placement(command, tmp_path, monkeypatch):
     """More placements than a figure has colours, and those whose gradients start at 0."""
     warmed_up = []
