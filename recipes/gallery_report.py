@@ -204,7 +204,7 @@ def _cost_blocks(costs: list[Values]) -> list[str]:
 
 
 def _cost_row(cost: Values) -> list[str]:
-    ratios = cost["speed_ratio"]
+    ratios = cost["speed_ratios"]
     return [
         cost[PLACEMENT],
         cost["norm_type"],

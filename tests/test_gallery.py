@@ -12,7 +12,7 @@ from torch import nn
 from bert_ln import BertLnConfig, BertLnForMaskedLM
 from recipes import gallery, gallery_costs
 from recipes.arguments import UserError
-from recipes.gallery_costs import kept_bytes, measure_all, take_turns
+from recipes.gallery_costs import kept_bytes, measure, measure_all
 from recipes.gallery_report import draw, report_blocks, summarise
 from recipes.pretraining import pretrain
 from recipes.study import read_study
@@ -150,52 +150,34 @@ def test_kept_bytes_count_each_storage_once_and_no_parameter():
     assert kept_bytes(Kept(), {"x": torch.ones(7, 3)}, bf16=False) == 4 * (7 * 3 + 7 * 3 + 7 * 5)
 
 
-class MadeUpTrainer:
-    """Each update takes `seconds`, times what the machine needs more just then."""
+def test_ratios_are_within_a_round(monkeypatch, tmp_path):
+    """A machine that is half as fast in the second round changes no ratio."""
 
-    def __init__(self, seconds, machine):
-        self.seconds, self.machine = seconds, machine
-        self.state, self.args = SimpleNamespace(step=0, elapsed_seconds=0.0), SimpleNamespace(max_steps=0)
-
-    def train(self):
-        updates = self.args.max_steps - self.state.step
-        self.state.elapsed_seconds += updates * self.seconds * next(self.machine)
-        self.state.step = self.args.max_steps
-
-
-def test_a_machine_that_slows_down_changes_no_ratio():
-    """Both take turns: a load that comes and stays meets them alike."""
-    machine = iter([99, 99, *[1] * 6, *[3] * 10])
-    mine, theirs = take_turns([MadeUpTrainer(0.5, machine), MadeUpTrainer(0.4, machine)])
-    assert mine == pytest.approx([5, 5, 5, 15, 15, 15, 15, 15])
-    assert theirs == pytest.approx([0.8 * seconds for seconds in mine])
-
-
-def test_methods_are_measured_in_rounds_against_the_reference(monkeypatch, tmp_path):
     class HereAndNow:
         def __init__(self, *_, **__): ...
         def __enter__(self):
             return self
 
         def __exit__(self, *_): ...
-        def submit(self, function, *records):
-            return SimpleNamespace(result=lambda: function(*records))
+        def submit(self, function, record):
+            return SimpleNamespace(result=lambda: function(record))
 
     measured = []
 
-    def made_up_measure(record, reference):
-        measured.append((record["options"]["norm_type"], reference["options"]["norm_type"]))
-        values = {"tokens_per_second": 100.0 + len(measured), "speed_ratio": 1 / len(measured)}
-        return values | {"kept_bytes": {"layer_norm": 10, "frn": 25}[measured[-1][0]]}
+    def made_up_measure(record):
+        norm = record["options"]["norm_type"]
+        measured.append(norm)
+        speed = {"layer_norm": 100.0, "frn": 80.0}[norm] / (1 if len(measured) <= 2 else 2)
+        return {"tokens_per_second": speed, "kept_bytes": {"layer_norm": 10, "frn": 25}[norm]}
 
     monkeypatch.setattr(gallery_costs, "ProcessPoolExecutor", HereAndNow)
     monkeypatch.setattr(gallery_costs, "measure", made_up_measure)
     curves = made_up(tmp_path, PRE | tuned("pre", "frn", [6.4, 6.4], [], []))
     pre, frn = measure_all(curves, repeats=2)
-    assert measured == [("layer_norm", "layer_norm"), ("frn", "layer_norm")] * 2
-    assert pre["tokens_per_second"] == [101.0, 103.0]
-    assert frn["speed_ratio"] == [1 / 2, 1 / 4]
-    assert (pre["memory_ratio"], frn["memory_ratio"]) == (1.0, 2.5)
+    assert measured == ["layer_norm", "frn"] * 2
+    assert pre["speed_ratios"] == [1.0, 1.0] and pre["memory_ratio"] == 1.0
+    assert frn["speed_ratios"] == pytest.approx([0.8, 0.8]) and frn["memory_ratio"] == 2.5
+    assert frn["tokens_per_second"] == [80.0, 40.0]
 
 
 def test_without_the_reference_nothing_is_measured(tmp_path):
@@ -247,7 +229,7 @@ def test_a_study_from_its_runs_to_its_report(monkeypatch, tmp_path, corpus_dir, 
         assert cost["tokens_per_second"][0] > 0
         loss = f"{record['results']['validation_loss']:.4f}"
         assert f"| {cost['norm_placement']} | {loss} |" in (report / "gallery.md").read_text()
-    assert min(pre["speed_ratio"] + sandwich["speed_ratio"]) > 0
+    assert pre["speed_ratios"] == [1.0]
     assert sandwich["kept_bytes"] > pre["kept_bytes"]  # two norms more a layer
     assert (report / "gallery.png").read_bytes().startswith(b"\x89PNG")
     assert "Unfinished" not in (report / "gallery.md").read_text()
@@ -255,3 +237,5 @@ def test_a_study_from_its_runs_to_its_report(monkeypatch, tmp_path, corpus_dir, 
     before = (report / "gallery.md").read_text()
     assert run_gallery(monkeypatch, tmp_path / "study", "--config", config, "--repeats", "0") == 0
     assert (report / "gallery.md").read_text() == before
+    again = study.folder(study.arms[0], 1) / "run.json"
+    assert measure(json.loads(again.read_text()), updates=2)["kept_bytes"] == pre["kept_bytes"]
