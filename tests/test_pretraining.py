@@ -112,6 +112,7 @@ FACTORS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
 @pytest.mark.parametrize("name", METHODS)
 def test_resuming_changes_nothing_whatever_the_method(tiny, tmp_path, monkeypatch, name):
     options = METHODS[name] | DROPOUT | {"max_steps": 6, "save_steps": 2}
