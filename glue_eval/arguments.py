@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from glue_eval.tasks import Task, read_tasks
-from recipes.arguments import Check, UserError, at_least, check_value, nearest
+from recipes.arguments import Check, at_least, check_value, nearest
 from recipes.command_line import Parser, add_option, convert, options_of, read_yaml, refuse_unknown
+from recipes.errors import UserError
 
 CONFIGS = Path(__file__).parent / "configs"
 # Of a setting; other options only where they do not have their default.

@@ -29,7 +29,7 @@ from glue_eval.jobs import choose_device
 from glue_eval.models import find_sources, inspect_model, load_tokenizer
 from glue_eval.report import number
 from glue_eval.scores import task_scores
-from recipes.arguments import UserError
+from recipes.errors import UserError
 from recipes.intervals import mean_interval
 from recipes.launch import choose_precision, set_threads
 

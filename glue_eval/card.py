@@ -17,7 +17,7 @@ from huggingface_hub.utils import yaml_dump
 
 from glue_eval.arguments import Setting
 from glue_eval.tasks import HUB_DATASET, SCORED, TASKS
-from recipes.arguments import UserError
+from recipes.errors import UserError
 from recipes.files import aside_of, sync
 
 # Names in GLUE to ids of the Hub, which are names of modules of `evaluate`, and words.

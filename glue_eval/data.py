@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from glue_eval.tasks import HUB_DATASET, Task, check_labels
-from recipes.arguments import UserError
 from recipes.corpus import HUB_TIMEOUT
+from recipes.errors import UserError
 
 UNLABELLED = -1
 LAYOUTS = ("{}.parquet", "{}-00000-of-00001.parquet", "{}.jsonl", "{}-00000-of-00001.jsonl")

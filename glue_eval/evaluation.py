@@ -15,7 +15,7 @@ from glue_eval.report import result_line, screen, table_lines, write_report
 from glue_eval.results import Results, summarise
 from glue_eval.submission import check_folder, check_submission, write_submission
 from glue_eval.tasks import TASKS, Task
-from recipes.arguments import UserError
+from recipes.errors import UserError
 from recipes.launch import check_num_processes, choose_precision
 
 

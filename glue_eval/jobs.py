@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from glue_eval.finetuning import Job, finetune
 from glue_eval.results import Results
-from recipes.arguments import UserError
+from recipes.errors import UserError
 from recipes.launch import set_threads, usable_cores
 
 POLL_SECONDS = 0.5

@@ -27,8 +27,8 @@ from transformers.utils import logging as transformers_logging
 import bert_ln  # noqa: F401  registers its classes with the Auto classes
 from glue_eval.arguments import GlueArguments
 from glue_eval.tasks import NLI, Task
-from recipes.arguments import UserError
 from recipes.checkpointing import checkpoint_folders, is_complete, step_of
+from recipes.errors import UserError
 from recipes.tokenization import tokenizer_fingerprint
 
 DEFAULT_RUN = Path("output/pretrain")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from glue_eval.arguments import Setting
 from glue_eval.encoding import load_split
 from glue_eval.tasks import TASKS
-from recipes.arguments import UserError
+from recipes.errors import UserError
 from recipes.figures import COLORS, LINES, save_figure
 from recipes.files import write_json, write_text
 from recipes.findings import DASH

@@ -14,8 +14,8 @@ import numpy as np
 from glue_eval.finetuning import FORMAT, Job, Outcome
 from glue_eval.models import load_tokenizer, quiet
 from glue_eval.tasks import TASKS
-from recipes.arguments import UserError
 from recipes.checkpointing import write_model
+from recipes.errors import UserError
 from recipes.files import aside_of, cached_folder, is_aside, write_json
 from recipes.intervals import mean_interval
 from recipes.run_record import check_writable

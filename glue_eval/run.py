@@ -28,7 +28,7 @@ import sys
 
 from glue_eval.arguments import parse_glue_arguments
 from glue_eval.evaluation import evaluate
-from recipes.arguments import UserError
+from recipes.errors import UserError
 
 
 def main() -> int:

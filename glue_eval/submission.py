@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from glue_eval.tasks import TASKS, Task, check_labels
-from recipes.arguments import UserError, nearest
+from recipes.arguments import nearest
+from recipes.errors import UserError
 from recipes.files import aside_of, sync
 
 HEADER = "index\tprediction"

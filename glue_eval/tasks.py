@@ -7,7 +7,8 @@ Table 1 and section 3; columns, order of the labels and row counts as in `nyu-ml
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from recipes.arguments import UserError, nearest
+from recipes.arguments import nearest
+from recipes.errors import UserError
 
 HUB_DATASET = "nyu-mll/glue"
 ENTAILMENT = ("entailment", "not_entailment")

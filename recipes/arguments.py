@@ -15,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import BertConfig
 
 from bert_ln import BertLnConfig
+from recipes.errors import UserError
 
 # What follows from the tokenizer, from the task (an encoder), or is set by the loop is no option.
 NOT_MODEL_OPTIONS = {
@@ -37,10 +38,6 @@ MODEL_OPTIONS = {
 
 # What a value must satisfy, and the words that say so.
 Check = tuple[Callable[[Any], bool], str]
-
-
-class UserError(ValueError):
-    """A mistake in what the user asked for: shown as one line, without a traceback, exit code 2."""
 
 
 @dataclass(kw_only=True)

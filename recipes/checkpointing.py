@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from recipes.arguments import UserError
+from recipes.errors import UserError
 from recipes.files import sync, sync_tree, write_json
 
 FORMAT = 1

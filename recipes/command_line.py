@@ -26,10 +26,10 @@ from recipes.arguments import (
     OptimizationArguments,
     PretrainingArguments,
     RunArguments,
-    UserError,
     check_arguments,
     nearest,
 )
+from recipes.errors import UserError
 from recipes.stages import build_stages
 
 # What the options of the model that are names may be.

@@ -29,8 +29,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from recipes.arguments import UserError
 from recipes.command_line import Parser, add_options, option_names, refuse_unknown
+from recipes.errors import UserError
 from recipes.glue_results import read_tracks
 from recipes.reference import compare_with_reference, draw_verdict, read_reference, write_reference
 from recipes.report import write_report

@@ -25,7 +25,8 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 from tqdm import tqdm
 
-from recipes.arguments import DataArguments, UserError
+from recipes.arguments import DataArguments
+from recipes.errors import UserError
 
 SAMPLE_BY = ("document", "paragraph", "line")
 # What names a text, and what says how it is read.

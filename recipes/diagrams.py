@@ -36,8 +36,8 @@ from bert_ln.attention import L2Norm
 from bert_ln.modeling_bert_ln import BertLnEncoder
 from bert_ln.norms import NORM_CLASSES, NORMS, build_norm
 from bert_ln.placements import PLACEMENTS
-from recipes.arguments import UserError
 from recipes.command_line import Parser
+from recipes.errors import UserError
 from recipes.figures import DRAWING
 from recipes.files import write_text
 from recipes.optimization import split_parameters

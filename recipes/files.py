@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from recipes.arguments import UserError
+from recipes.errors import UserError
 
 # Without a change for so long, a folder in the making has been given up.
 STALE_SECONDS = 3600.0

@@ -19,8 +19,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from recipes.arguments import UserError
 from recipes.command_line import Parser, refuse_unknown
+from recipes.errors import UserError
 from recipes.gallery_costs import measure_all
 from recipes.gallery_report import kept_costs, summarise, write_gallery
 from recipes.study import read_study

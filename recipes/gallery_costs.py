@@ -14,9 +14,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from bert_ln import BertLnConfig
-from recipes.arguments import PretrainingArguments, UserError
+from recipes.arguments import PretrainingArguments
 from recipes.batches import Batch
 from recipes.budget import Peak
+from recipes.errors import UserError
 from recipes.gallery_report import REFERENCE, Method, methods_of
 from recipes.launch import choose_precision, set_threads
 from recipes.optimization import build_optimizer

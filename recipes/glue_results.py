@@ -11,7 +11,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from recipes.arguments import UserError
+from recipes.errors import UserError
 from recipes.figures import DRAWING, GREY, WIDTH
 
 MEASURES = {"score": "score", "validation_loss": "validation loss"}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bert_ln.placements import PLACEMENTS
-from recipes.arguments import PretrainingArguments, UserError, model_config, nearest
+from recipes.arguments import PretrainingArguments, model_config, nearest
 from recipes.command_line import (
     DEFAULT_CONFIG,
     Parser,
@@ -17,6 +17,7 @@ from recipes.command_line import (
     read_yaml,
     refuse_unknown,
 )
+from recipes.errors import UserError
 from recipes.gradient_probe import INITS
 
 PROBE_CONFIG = Path(__file__).parent / "configs" / "gradients.yaml"

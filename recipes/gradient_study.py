@@ -21,10 +21,11 @@ from accelerate.utils import set_seed
 from transformers import AutoTokenizer, PreTrainedModel
 
 from bert_ln import BertLnForMaskedLM
-from recipes.arguments import MODEL_OPTIONS, PretrainingArguments, UserError, model_config
+from recipes.arguments import MODEL_OPTIONS, PretrainingArguments, model_config
 from recipes.batches import TrainingBatches
 from recipes.console import clock
 from recipes.diagnosis import Diverged
+from recipes.errors import UserError
 from recipes.files import write_json
 from recipes.gradient_arguments import GradientArguments
 from recipes.gradient_probe import INITS, Batch, Measurement, measure

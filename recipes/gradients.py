@@ -27,7 +27,7 @@ import sys
 
 from transformers.utils import logging as transformers_logging
 
-from recipes.arguments import UserError
+from recipes.errors import UserError
 from recipes.gradient_arguments import parse_gradient_arguments
 from recipes.gradient_report import write_report
 from recipes.gradient_study import measure_all

@@ -14,7 +14,7 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import default_config_file
 
-from recipes.arguments import UserError
+from recipes.errors import UserError
 
 LAUNCHERS = (
     "accelerate",

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from recipes.arguments import MaskingArguments, UserError
+from recipes.arguments import MaskingArguments
+from recipes.errors import UserError
 from recipes.randomness import (
     MASK_DECISION,
     MASK_REPLACEMENT,

@@ -9,8 +9,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from recipes.arguments import PretrainingArguments, UserError
+from recipes.arguments import PretrainingArguments
 from recipes.corpus import open_corpora
+from recipes.errors import UserError
 from recipes.files import make_cache_dir, write_json
 from recipes.stages import Stage, block_lengths, remaining_tokens
 from recipes.token_store import TokenStore, build_token_store

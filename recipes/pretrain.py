@@ -28,9 +28,9 @@ own after our line.
 import os
 import sys
 
-from recipes.arguments import UserError
 from recipes.command_line import parse_arguments
 from recipes.diagnosis import Diverged
+from recipes.errors import UserError
 from recipes.pretraining import pretrain
 
 

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from bert_ln import BertLnConfig, BertLnForMaskedLM
 from recipes import console
-from recipes.arguments import PretrainingArguments, UserError, model_config
+from recipes.arguments import PretrainingArguments, model_config
 from recipes.batches import BlockReader, TrainingBatches
 from recipes.budget import peak_of
 from recipes.checkpointing import (
@@ -27,6 +27,7 @@ from recipes.checkpointing import (
     write_model,
 )
 from recipes.diagnosis import Diverged, diagnose, last_diagnosis
+from recipes.errors import UserError
 from recipes.files import write_json
 from recipes.launch import check_num_processes, choose_precision, set_threads
 from recipes.masking import Masker

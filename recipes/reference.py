@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from recipes.arguments import MODEL_OPTIONS, UserError, nearest
+from recipes.arguments import MODEL_OPTIONS, nearest
+from recipes.errors import UserError
 from recipes.figures import draw_against_bands, save_figure
 from recipes.intervals import prediction_interval
 from recipes.run_record import model_settings

@@ -14,7 +14,8 @@ from huggingface_hub.errors import StrictDataclassError
 
 from bert_ln import BertLnConfig
 from bert_ln.placements import PLACEMENTS
-from recipes.arguments import MODEL_OPTIONS, PretrainingArguments, UserError
+from recipes.arguments import MODEL_OPTIONS, PretrainingArguments
+from recipes.errors import UserError
 from recipes.files import is_aside, write_text
 from recipes.stages import Stage
 

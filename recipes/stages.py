@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from bert_ln import BertLnConfig
-from recipes.arguments import PretrainingArguments, UserError, nearest
+from recipes.arguments import PretrainingArguments, nearest
+from recipes.errors import UserError
 
 
 @dataclass(frozen=True)

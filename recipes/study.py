@@ -6,8 +6,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from recipes.arguments import DataArguments, MaskingArguments, PretrainingArguments, UserError, nearest
+from recipes.arguments import DataArguments, MaskingArguments, PretrainingArguments, nearest
 from recipes.command_line import DEFAULT_CONFIG, build_arguments, read_options, read_yaml
+from recipes.errors import UserError
 from recipes.stages import build_stages, remaining_tokens
 
 KEYS = ("base", "arms", "seeds")

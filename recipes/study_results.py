@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from recipes.arguments import DataArguments, PretrainingArguments, UserError
+from recipes.arguments import DataArguments, PretrainingArguments
 from recipes.diagnosis import LOSSES
+from recipes.errors import UserError
 from recipes.run_record import OPERATIONAL, Metrics, model_settings
 from recipes.study import Study, arm_label
 

@@ -16,7 +16,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from recipes.arguments import UserError
+from recipes.errors import UserError
 from recipes.launch import usable_cores
 from recipes.preparation import prepare_stores
 from recipes.run_record import Metrics, check_same_run, describe_run

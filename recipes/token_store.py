@@ -24,8 +24,8 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from recipes.arguments import UserError
 from recipes.corpus import Corpus, content_hash
+from recipes.errors import UserError
 from recipes.files import cached_folder, make_cache_dir
 from recipes.tokenization import tokenizer_fingerprint
 

@@ -12,8 +12,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
-from recipes.arguments import DataArguments, UserError
+from recipes.arguments import DataArguments
 from recipes.corpus import HUB_TIMEOUT, Corpus
+from recipes.errors import UserError
 from recipes.files import cached_folder, make_cache_dir
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

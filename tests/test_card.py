@@ -7,7 +7,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from glue_eval.card import update_card
-from recipes.arguments import UserError
+from recipes.errors import UserError
 from recipes.model_card import write_model_card
 
 FOREIGN = """\

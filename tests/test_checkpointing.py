@@ -10,7 +10,6 @@ from transformers import BertTokenizer
 
 from bert_ln import BertLnConfig, BertLnForMaskedLM
 from recipes import checkpointing
-from recipes.arguments import UserError
 from recipes.checkpointing import (
     TrainState,
     damage_of,
@@ -20,6 +19,7 @@ from recipes.checkpointing import (
     prune,
     save_checkpoint,
 )
+from recipes.errors import UserError
 
 
 @pytest.fixture

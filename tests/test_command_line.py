@@ -6,8 +6,9 @@ import sys
 import pytest
 import yaml
 
-from recipes.arguments import UserError, model_config
+from recipes.arguments import model_config
 from recipes.command_line import DEFAULT_CONFIG, parse_arguments
+from recipes.errors import UserError
 from recipes.stages import build_stages
 from tests.conftest import ROOT
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from recipes import compare
-from recipes.arguments import UserError
+from recipes.errors import UserError
 from recipes.pretraining import pretrain
 from tests.conftest import ROOT, TINY
 

@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from recipes import corpus as corpus_module
-from recipes.arguments import DataArguments, UserError
+from recipes.arguments import DataArguments
 from recipes.corpus import open_corpora
+from recipes.errors import UserError
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon"]
 

@@ -15,7 +15,6 @@ from bert_ln import BertLnConfig, BertLnModel
 from bert_ln.norms import NORM_CLASSES, NORMS
 from bert_ln.placements import PLACEMENTS, PostNorm
 from recipes import diagrams
-from recipes.arguments import UserError
 from recipes.diagrams import (
     MARK,
     SMALL,
@@ -30,6 +29,7 @@ from recipes.diagrams import (
     trace,
     write_all,
 )
+from recipes.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 PAGE, FOLDER = ROOT / "docs/normalisation.md", ROOT / "docs/normalisation"

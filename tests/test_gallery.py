@@ -11,7 +11,7 @@ from torch import nn
 
 from bert_ln import BertLnConfig, BertLnForMaskedLM
 from recipes import gallery, gallery_costs
-from recipes.arguments import UserError
+from recipes.errors import UserError
 from recipes.gallery_costs import kept_bytes, measure, measure_all
 from recipes.gallery_report import draw, report_blocks, summarise
 from recipes.pretraining import pretrain

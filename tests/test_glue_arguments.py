@@ -5,7 +5,7 @@ import yaml
 
 from glue_eval.arguments import Setting, build_glue_arguments, parse_glue_arguments
 from glue_eval.tasks import TASKS, check_labels
-from recipes.arguments import UserError
+from recipes.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import pytest
 
 from glue_eval.data import fingerprint, load_task
 from glue_eval.tasks import TASKS
-from recipes.arguments import UserError
+from recipes.errors import UserError
 from tests.glue_hub import GlueHub, hub_environment
 
 ROOT = Path(__file__).parent.parent
@@ -297,7 +297,7 @@ ASK = """
 import json, sys, time
 from glue_eval.data import load_task
 from glue_eval.tasks import TASKS
-from recipes.arguments import UserError
+from recipes.errors import UserError
 import datasets  # seconds that are not the Hub's
 started = time.perf_counter()
 try:

@@ -23,7 +23,7 @@ from bert_ln import BertLnForMaskedLM
 from glue_eval.arguments import build_glue_arguments
 from glue_eval.models import Source, find_sources, inspect_model, load_classifier
 from glue_eval.tasks import TASKS
-from recipes.arguments import UserError
+from recipes.errors import UserError
 from tests.glue_made_up import small_tokenizer, write_model_folder
 
 SMALL = {

@@ -7,7 +7,7 @@ import pytest
 
 from glue_eval.results import summarise
 from recipes import compare
-from recipes.arguments import UserError
+from recipes.errors import UserError
 from recipes.glue_results import read_tracks
 from tests.glue_fixtures import make_result, make_track
 from tests.study_fixtures import curve, write_run

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from bert_ln.placements import PLACEMENTS
 from recipes import gradient_study, gradients
-from recipes.arguments import UserError
 from recipes.command_line import parse_arguments
+from recipes.errors import UserError
 from recipes.gradient_arguments import parse_gradient_arguments
 from recipes.gradient_probe import measure, xavier_
 from recipes.gradient_report import _style, report_text, summarise

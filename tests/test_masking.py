@@ -5,7 +5,8 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import BertTokenizer, PreTrainedTokenizerFast
 
-from recipes.arguments import MaskingArguments, UserError
+from recipes.arguments import MaskingArguments
+from recipes.errors import UserError
 from recipes.masking import IGNORED, Masker, _spans
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from recipes import console, pretraining
-from recipes.arguments import UserError
 from recipes.batches import TrainingBatches
+from recipes.errors import UserError
 from recipes.masking import Masker
 from recipes.preparation import prepare_data
 from recipes.pretraining import pretrain

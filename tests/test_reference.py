@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from recipes.arguments import UserError
+from recipes.errors import UserError
 from recipes.intervals import prediction_interval
 from recipes.reference import compare_with_reference, draw_verdict, read_reference, write_reference
 from recipes.study_results import read_run, read_runs

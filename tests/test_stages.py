@@ -2,7 +2,7 @@
 
 import pytest
 
-from recipes.arguments import UserError
+from recipes.errors import UserError
 from recipes.stages import build_stages, stage_at
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from recipes.arguments import UserError
+from recipes.errors import UserError
 from recipes.study import read_study
 from tests.conftest import ROOT, TINY
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from recipes.arguments import UserError
+from recipes.errors import UserError
 from recipes.study_results import read_run, read_runs, read_study_curves
 from tests.study_fixtures import FINGERPRINTS, UNIGRAM, curve, make_study, write_run
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from recipes import compare, study_runner
-from recipes.arguments import UserError
+from recipes.errors import UserError
 from recipes.study import read_study
 from recipes.study_runner import check_runs, run_study
 from tests.conftest import ROOT, TINY, metrics_of

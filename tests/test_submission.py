@@ -8,7 +8,7 @@ import pytest
 
 from glue_eval.submission import check_submission, write_submission
 from glue_eval.tasks import TASKS
-from recipes.arguments import UserError
+from recipes.errors import UserError
 from tests.conftest import ROOT
 
 # Names, sizes and values as on gluebenchmark.com, written out here and not taken from the table.

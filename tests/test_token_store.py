@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from transformers import BertTokenizer
 
 from recipes import token_store
-from recipes.arguments import UserError
 from recipes.corpus import Corpus, Source, content_hash
+from recipes.errors import UserError
 from recipes.token_store import TokenStore, build_token_store, unigram_cross_entropy
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -6,8 +6,9 @@ import pytest
 from transformers import AutoTokenizer, BertTokenizer
 
 from recipes import tokenization
-from recipes.arguments import DataArguments, UserError
+from recipes.arguments import DataArguments
 from recipes.corpus import Corpus, Source, open_corpora
+from recipes.errors import UserError
 from recipes.tokenization import prepare_tokenizer, tokenizer_fingerprint, train_tokenizer
 
 TEXT = (

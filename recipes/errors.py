@@ -1,0 +1,5 @@
+"""What goes wrong by the user's doing."""
+
+
+class UserError(ValueError):
+    """A mistake in what the user asked for: shown as one line, without a traceback, exit code 2."""
