@@ -60,9 +60,11 @@ class GlueArguments(Setting):
     task: str = ""
     """Tasks, separated by commas, or all."""
     model_name_or_path: str | None = None
-    """Model to fine-tune: a folder or a Hub id; None takes the newest checkpoint of output/pretrain."""
+    """Model to fine-tune: a folder, a Hub id or hub:REPO@REVISION; None takes the newest checkpoint of
+    output/pretrain."""
     run_dir: str | None = None
-    """Folders of pre-training runs, separated by commas: each of their checkpoints is fine-tuned."""
+    """Pre-training runs, separated by commas: folders, or hub:REPO with its revisions step-N; each of their
+    checkpoints is fine-tuned."""
     from_task_checkpoint: str | None = None
     """Folder of a model fine-tuned on MNLI (see save_model) from which mrpc, stsb and rte start."""
     from_scratch: bool = False

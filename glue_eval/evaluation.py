@@ -64,7 +64,7 @@ def _check_targets(args: GlueArguments, sources: list[Source]) -> None:
     """Refuse a card or a submission that could not be written in the end."""
     for source in sources if args.update_model_card else ():
         if not (Path(source.path).is_dir() and os.access(source.path, os.W_OK)):
-            raise UserError(f"update_model_card: {source.path} is no folder that can be written to")
+            raise UserError(f"update_model_card: {source.where} is no folder that can be written to")
     if args.submission:
         check_folder(Path(args.submission), args.tasks)
 

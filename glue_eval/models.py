@@ -1,6 +1,7 @@
 """Which models are fine-tuned, what they are, and how they get a head for a task.
 
-A model is a folder of `from_pretrained` (a checkpoint of a run, an exported model, any encoder) or a Hub id.
+A model is a folder of `from_pretrained` (a checkpoint of a run, an exported model, any encoder) or a Hub id,
+with a revision as hub:REPO@REVISION.
 """
 
 import hashlib
@@ -29,6 +30,7 @@ from glue_eval.arguments import GlueArguments
 from glue_eval.tasks import NLI, Task
 from recipes.checkpointing import checkpoint_folders, is_complete, step_of
 from recipes.errors import UserError
+from recipes.hub_access import is_reference, parse_reference, step_revisions
 from recipes.tokenization import tokenizer_fingerprint
 
 DEFAULT_RUN = Path("output/pretrain")
@@ -56,11 +58,24 @@ class Source:
     """Folder of the pre-training run that it is a checkpoint of."""
     step: int | None = None
     """Updates of pre-training, where it is a checkpoint."""
+    revision: str | None = None
+    """Of a repository of the Hub."""
+
+    @property
+    def where(self) -> str:
+        """Folder, or repository with its revision."""
+        return f"{self.path}@{self.revision}" if self.revision else self.path
 
     @property
     def name(self) -> str:
         """What people read."""
-        return f"{self.path}, from scratch" if self.from_scratch else self.path
+        return f"{self.where}, from scratch" if self.from_scratch else self.where
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """How `from_pretrained` gets it, besides its path."""
+        revision = {"revision": self.revision} if self.revision else {}
+        return revision | {"trust_remote_code": self.trust_remote_code}
 
 
 @dataclass(frozen=True)
@@ -106,11 +121,14 @@ def find_sources(args: GlueArguments) -> list[Source]:
     how = {"from_scratch": args.from_scratch, "trust_remote_code": args.trust_remote_code}
     if args.run_dirs:
         runs = dict.fromkeys(_spelt(run) for run in args.run_dirs)
-        return [source for run in runs for source in _checkpoints(Path(run), "run_dir", how)]
+        return [source for run in runs for source in _trajectory(run, how)]
     if args.from_task_checkpoint:
         return [Source(_spelt(args.from_task_checkpoint), "from_task_checkpoint", **how)]
     if args.model_name_or_path is None:
         return _checkpoints(DEFAULT_RUN, "model_name_or_path", how)[-1:]
+    if is_reference(args.model_name_or_path):
+        path, revision = parse_reference("model_name_or_path", args.model_name_or_path)
+        return [Source(path, revision=revision, **how)]
     path = _spelt(args.model_name_or_path)
     folder = Path(path)
     # A checkpoint keeps its step when it is named by itself.
@@ -125,6 +143,15 @@ def _spelt(path: str) -> str:
         return path
     absolute, here = Path(path).resolve(), Path.cwd()
     return str(absolute.relative_to(here)) if absolute.is_relative_to(here) else str(absolute)
+
+
+def _trajectory(run: str, how: dict[str, bool]) -> list[Source]:
+    """Every checkpoint of a run, in its folder or as the revisions of its repository."""
+    if not is_reference(run):
+        return _checkpoints(Path(run), "run_dir", how)
+    path, _ = parse_reference("run_dir", run)
+    found = step_revisions("run_dir", run)
+    return [Source(path, "run_dir", run=run, step=step, revision=revision, **how) for step, revision in found]
 
 
 def _checkpoints(run: Path, option: str, how: dict[str, bool]) -> list[Source]:
@@ -182,10 +209,10 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """
     with quiet():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=source.trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(source.path, **source.loading)
         except Exception as error:
             raise _unusable(source, "has no tokenizer that loads", error) from error
-    where = f"{source.option} {source.path}"
+    where = f"{source.option} {source.where}"
     if not tokenizer.is_fast:
         raise UserError(f"{where}: its tokenizer has no fast form (tokenizer.json)")
     if len(tokenizer) < 100 or tokenizer.pad_token_id is None:
@@ -202,14 +229,14 @@ def _load_config(source: Source) -> Any:
         _check_folder(source, folder)
     with quiet():
         try:
-            config = AutoConfig.from_pretrained(source.path, trust_remote_code=source.trust_remote_code)
+            config = AutoConfig.from_pretrained(source.path, **source.loading)
         except Exception as error:
             raise _unusable(source, "has no configuration that loads", error) from error
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and not (
         source.trust_remote_code and "AutoModelForSequenceClassification" in getattr(config, "auto_map", {})
     ):
         raise UserError(
-            f"{source.option} {source.path}: a model of type {config.model_type} has no "
+            f"{source.option} {source.where}: a model of type {config.model_type} has no "
             "sequence-classification head (AutoModelForSequenceClassification does not know it)"
         )
     if source.option == "from_task_checkpoint" and config.num_labels != len(NLI):
@@ -237,7 +264,7 @@ def _check_folder(source: Source, folder: Path) -> None:
 def _unusable(source: Source, what: str, error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:300] or type(error).__name__
     where = "" if Path(source.path).exists() else "is no folder here, and as an id on the Hub it "
-    return UserError(f"{source.option} {source.path}: {where}{what} ({reason})")
+    return UserError(f"{source.option} {source.where}: {where}{what} ({reason})")
 
 
 def _load(source: Source, config: Any, task: Task, seed: int) -> tuple[PreTrainedModel, list[str]]:
@@ -248,18 +275,17 @@ def _load(source: Source, config: Any, task: Task, seed: int) -> tuple[PreTraine
         config.id2label = dict(enumerate(task.labels))
         config.label2id = {label: i for i, label in enumerate(task.labels)}
     torch.manual_seed(seed)
-    trust = source.trust_remote_code
     with quiet():
         if source.from_scratch:
             model = AutoModelForSequenceClassification.from_config(
-                config, trust_remote_code=trust, dtype=torch.float32
+                config, trust_remote_code=source.trust_remote_code, dtype=torch.float32
             )
             return model, sorted(name for name, _ in model.named_parameters())
         try:
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 source.path,
                 config=config,
-                trust_remote_code=trust,
+                **source.loading,
                 dtype=torch.float32,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
@@ -275,7 +301,7 @@ def _check_only_head_is_new(source: Source, model: PreTrainedModel, new: list[st
     body = [name for name in new if name.startswith(f"{model.base_model_prefix}.") and ".pooler." not in name]
     if body:
         raise UserError(
-            f"{source.option} {source.path}: its weights are not those of its configuration; "
+            f"{source.option} {source.where}: its weights are not those of its configuration; "
             f"{len(body)} parameters of the encoder are not among them, such as {body[0]}"
         )
 
@@ -298,7 +324,7 @@ def _try(source: Source, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise UserError(
-            f"{source.option} {source.path}: its tokenizer has {len(tokenizer)} tokens, "
+            f"{source.option} {source.where}: its tokenizer has {len(tokenizer)} tokens, "
             f"its embedding {rows} rows"
         )
     ids = torch.full((1, max_length), tokenizer.unk_token_id or 0)

@@ -11,6 +11,7 @@ Any encoder, a folder or a Hub id; every task; six seeds as in the paper; data f
 Every checkpoint of one or several pre-training runs, score and loss against step:
 
     python glue_eval/run.py --task mrpc,rte --run_dir output/pre,output/post --output_dir output/trajectory
+    python glue_eval/run.py --task mrpc --run_dir hub:NAME/REPO --output_dir output/hub-trajectory
 
 The paper's grid (Xiong et al. 2020, appendix A.3), or one of your own:
 

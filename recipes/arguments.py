@@ -171,13 +171,37 @@ class RunArguments:
     save_total_limit: int | None = None
     """Newest checkpoints to keep; None keeps all."""
     resume_from_checkpoint: str | bool | None = None
-    """Checkpoint to continue from; without a value the newest complete one of output_dir."""
+    """Checkpoint to continue from: a folder, or hub:REPO[@REVISION]; without a value the newest complete one
+    of output_dir."""
     report_to: str = "none"
     """Tracker through Accelerate: none, tensorboard, trackio or wandb."""
 
 
 @dataclass(kw_only=True)
-class PretrainingArguments(DataArguments, MaskingArguments, OptimizationArguments, RunArguments):
+class HubArguments:
+    """What is pushed to the Hub, and when; the token is that of `hf auth login` or of HF_TOKEN."""
+
+    push_to_hub: bool = False
+    """Push the model to the Hub while it is trained, in the background."""
+    hub_model_id: str | None = None
+    """Repository, with or without its namespace; None: the name of output_dir."""
+    hub_private_repo: bool | None = None
+    """Make a repository that does not exist yet private; None: as its namespace has it."""
+    hub_strategy: str = "every_save"
+    """end: the final model; every_save: the model of each checkpoint; checkpoint: the trainer's state too,
+    in last-checkpoint/; all_checkpoints: likewise, every one in checkpoint-STEP/."""
+    hub_min_interval: float = 120.0
+    """Seconds from one push to the next; the Hub allows 128 commits an hour."""
+    hub_exit_timeout: float = 300.0
+    """Longest wait in seconds for the last push when training has ended; what is left stays queued."""
+    data_license: str | None = None
+    """Licence of the training text, as the model card shall state it."""
+
+
+@dataclass(kw_only=True)
+class PretrainingArguments(
+    DataArguments, MaskingArguments, OptimizationArguments, RunArguments, HubArguments
+):
     """All options; `model` holds those that are fields of `BertLnConfig`."""
 
     model: dict[str, Any] = field(default_factory=dict)
@@ -228,6 +252,8 @@ CHECKS: dict[str, Check] = {
     "weight_decay": at_least(0),
     "adam_epsilon": at_least(0),
     "max_grad_norm": at_least(0),
+    "hub_min_interval": at_least(0),
+    "hub_exit_timeout": at_least(0),
     "dataloader_num_workers": at_least(0),
     "mlm_probability": (lambda value: 0 < value < 1, "must be more than 0 and less than 1"),
     "mask_replace_prob": _SHARE,
@@ -240,6 +266,7 @@ CHECKS: dict[str, Check] = {
     "lr_scheduler_type": _one_of(
         "linear", "constant", "constant_with_warmup", "cosine", "inverse_sqrt", "warmup_stable_decay"
     ),
+    "hub_strategy": _one_of("end", "every_save", "checkpoint", "all_checkpoints"),
     "report_to": _one_of("none", "tensorboard", "trackio", "wandb"),
     "attn_implementation": _one_of("eager", "sdpa", "flex_attention"),
 }

@@ -22,6 +22,7 @@ from bert_ln.placements import PLACEMENTS
 from recipes.arguments import (
     MODEL_OPTIONS,
     DataArguments,
+    HubArguments,
     MaskingArguments,
     OptimizationArguments,
     PretrainingArguments,
@@ -85,7 +86,9 @@ def option_names() -> list[str]:
 def refuse_unknown(words: list[str], allowed: Iterable[str]) -> None:
     """Raise UserError for the first of the words that a parser did not know, if there is one."""
     if words:
-        raise UserError(f"{words[0]}: unknown option; {nearest(words[0].lstrip('-'), allowed)}")
+        # Without what follows "=": it may be a secret.
+        name = words[0].split("=")[0]
+        raise UserError(f"{name}: unknown option; {nearest(name.lstrip('-'), allowed)}")
 
 
 def read_options(values: dict[str, Any]) -> dict[str, Any]:
@@ -147,7 +150,7 @@ def options_of(group: type) -> dict[str, Option]:
 def _options() -> dict[str, Option]:
     """Every option by name: the fields of the dataclasses above and those of `BertLnConfig`."""
     options = {}
-    for group in (DataArguments, MaskingArguments, OptimizationArguments, RunArguments):
+    for group in (DataArguments, MaskingArguments, OptimizationArguments, RunArguments, HubArguments):
         options |= options_of(group)
     for name, annotation in MODEL_OPTIONS.items():
         options[name] = Option(annotation, getattr(BertLnConfig, name), _model_help(name))

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from recipes.budget import ASSUMED_MFU, total_flops
 from recipes.diagnosis import CAUSES
+from recipes.hub_queue import hub_folder, pending, push_command
 from recipes.stages import remaining_tokens
 
 if TYPE_CHECKING:
@@ -38,10 +39,21 @@ def cost_screen(run: "Run", threads: str) -> list[str]:
         f"precision   {run.precision}",
         f"attention   {_describe_attention(run.model, args.attn_implementation, args.isolate_documents)}",
         f"validation  {v.blocks} blocks, {v.masked_tokens:,} masked tokens, masks {v.mask_fingerprint}",
+        *_hub(run),
         *_notes(args.model.get("norm_placement"), args.warmup_steps),
         f"loss        expected at first ln V = {math.log(run.config.vocab_size):.2f}; "
         f"without context at best {entropy:.2f} (unigram cross-entropy)",
         "",
+    ]
+
+
+def _hub(run: "Run") -> list[str]:
+    if run.publisher is None:
+        return []
+    a = run.args
+    return [
+        f"hub         {run.publisher.repo_id}, hub_strategy {a.hub_strategy}, at most every "
+        f"{a.hub_min_interval:g} s, in the background"
     ]
 
 
@@ -98,8 +110,14 @@ def results_lines(output_dir: Path, results: dict[str, Any]) -> list[str]:
     ]
 
 
+def queue_lines(output_dir: Path) -> list[str]:
+    """What has not reached the Hub, and the command that sends it."""
+    left = ", ".join(entry.name for entry in pending(output_dir))
+    return [f"{'not pushed':<12}{left}; send it with: {push_command(output_dir)}"] if left else []
+
+
 def next_commands(output_dir: Path) -> list[str]:
-    """What to run next; only what there is."""
+    """What to run next; only what there is, and no push where the run has been pushed."""
     root, binaries = Path(__file__).parent.parent, Path(sys.executable).parent
     here = Path(os.path.relpath(root))
     folder = shlex.quote(str(output_dir))
@@ -112,17 +130,21 @@ def next_commands(output_dir: Path) -> list[str]:
             f"{here / 'glue_eval/run.py'} --task mrpc --model_name_or_path {folder}",
         ),
         ("at scale", root / config, f"{here / 'recipes/pretrain.py'} --config {here / config}"),
-        ("push", binaries / "hf", f'upload YOUR_NAME/bert-ln {folder} . --exclude "checkpoint-*"'),
+        (
+            "push",
+            root / "recipes/hub.py",
+            f"{here / 'recipes/hub.py'} push {folder} --hub_model_id YOUR_NAME/bert-ln",
+        ),
     ]
     programs = {
         "fine-tune": sys.executable,
         "at scale": f"{binaries}/accelerate{gpus}",
-        "push": f"{binaries}/hf",
+        "push": sys.executable,
     }
     return [
         f"{name:<12}{_as_typed(programs[name])} {words}"
         for name, needed, words in commands
-        if needed.exists()
+        if needed.exists() and not (name == "push" and hub_folder(output_dir).exists())
     ]
 
 

@@ -5,6 +5,8 @@
 """
 
 import os
+import platform
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -77,6 +79,24 @@ def choose_precision(bf16: bool | None, device: torch.device) -> tuple[bool, str
         why = f"{device.type} {'multiplies' if bf16 else 'does not multiply'} bfloat16 in hardware"
     kind = "bf16 autocast with float32 parameters" if bf16 else "float32"
     return bf16, f"{kind} ({why}); validation in float32"
+
+
+def describe_hardware(device: torch.device, processes: int) -> str:
+    """What computes, for people: `2 x NVIDIA H100 80GB HBM3`."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{device.type}, {_processor()}, {usable_cores()} cores"
+    return f"{processes} x {name}" if processes > 1 else name
+
+
+def _processor() -> str:
+    """The processor's name as Linux knows it, else its architecture."""
+    try:
+        names = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        names = []
+    return names[0] if names else platform.machine()
 
 
 def _multiplies_bf16(device: torch.device) -> bool:

@@ -28,12 +28,15 @@ from recipes.checkpointing import (
 )
 from recipes.diagnosis import Diverged, diagnose, last_diagnosis
 from recipes.errors import UserError
-from recipes.files import write_json
-from recipes.launch import check_num_processes, choose_precision, set_threads
+from recipes.files import write_json, write_text
+from recipes.hub_access import cached_checkpoint, check_access, fetch_checkpoint, is_reference
+from recipes.launch import check_num_processes, choose_precision, describe_hardware, set_threads
+from recipes.loss_figure import FIGURE, can_draw, save_loss_figure
 from recipes.masking import Masker
-from recipes.model_card import write_model_card
+from recipes.model_card import model_card
 from recipes.optimization import build_optimizer
 from recipes.preparation import prepare_data
+from recipes.publishing import Publisher, default_repository
 from recipes.run_record import Metrics, check_same_run, describe_run, differences
 from recipes.stages import Stage, block_lengths, build_stages, remaining_tokens
 from recipes.token_store import unigram_cross_entropy
@@ -57,6 +60,7 @@ def pretrain(args: PretrainingArguments) -> None:
     check_num_processes(accelerator.num_processes, args.num_processes)
     run = Run(args, accelerator, build_stages(args))
     run.check_output_dir()
+    run.check_hub()
     run.prepare()
     if run.show_finished():
         return
@@ -101,6 +105,7 @@ class Run:
     def __post_init__(self) -> None:
         self.output_dir = Path(self.args.output_dir)
         self.metrics = Metrics(self.output_dir / "metrics.jsonl")
+        self.publisher: Publisher | None = None  # on the main process of a run that is pushed
         self.bf16, self.precision = choose_precision(self.args.bf16, self.accelerator.device)
         self.args.bf16 = self.bf16
 
@@ -113,8 +118,33 @@ class Run:
 
     def check_output_dir(self) -> None:
         """Refuse a folder of another run before any work is done for this one."""
-        processes = self.accelerator.num_processes
-        check_same_run(self.output_dir, describe_run(self.args, self.stages, processes))
+        self.record = describe_run(self.args, self.stages, self.accelerator.num_processes)
+        self.found = check_same_run(self.output_dir, self.record)
+
+    def check_hub(self) -> None:
+        """Ask the Hub what the run needs of it, before any work is done.
+
+        Only a main process talks to it; what it refuses, all raise.
+        """
+        error = None
+        try:
+            self._ask_hub()
+        except UserError as refusal:
+            error = str(refusal)
+        for refusal in gather_object([error]):
+            if refusal:
+                raise UserError(refusal)
+
+    def _ask_hub(self) -> None:
+        args, requested = self.args, self.args.resume_from_checkpoint
+        if is_reference(requested) and self.accelerator.is_local_main_process:
+            fetch_checkpoint("resume_from_checkpoint", requested)
+        is_finished = self.found is not None and "results" in self.found
+        if args.push_to_hub and self.accelerator.is_main_process and not is_finished:
+            wanted = args.hub_model_id or default_repository(self.output_dir)
+            repo_id, note = check_access(wanted, args.hub_private_repo, self.record, self.output_dir)
+            self.publisher = Publisher(args, repo_id)
+            self.print(*([f"{'hub':<12}{note}"] if note else []))
 
     def prepare(self) -> None:
         """Tokenizer, token stores, validation blocks, and the description of the run."""
@@ -165,6 +195,7 @@ class Run:
         if results["validation_loss"] is None:
             raise Diverged(console.diverged_line(self.output_dir, results["step"]))
         self.print(f"{self.output_dir} holds this run, finished: nothing to do.")
+        self.print(*console.queue_lines(self.output_dir))
         self.print(*console.results_lines(self.output_dir, results))
         return True
 
@@ -178,6 +209,8 @@ class Run:
         compiled = torch.compile(self.model, dynamic=False) if args.torch_compile else self.model
         wrapped, optimizer = accelerator.prepare(compiled, optimizer)
         self.peak = peak_of(accelerator.device, self.bf16)
+        self.record["parameters"] = sum(p.numel() for p in self.model.parameters())
+        self.record["hardware"] = describe_hardware(accelerator.device, accelerator.num_processes)
         batches = TrainingBatches(
             self.data.stores,
             self.data.weights,
@@ -206,6 +239,8 @@ class Run:
     def resume(self) -> None:
         """Put the newest complete checkpoint in place, if there is one."""
         requested = self.args.resume_from_checkpoint
+        if is_reference(requested):
+            requested = str(cached_checkpoint("resume_from_checkpoint", requested))
         folder, passed_over = find_checkpoint(self.output_dir, requested)
         self.print(*passed_over)
         if folder is None:
@@ -224,6 +259,8 @@ class Run:
                 self.metrics.continue_from(folder.parent / "metrics.jsonl")
             self.metrics.cut_back(step)
             self.validation.save(self.output_dir / "validation_masks.safetensors")
+            if self.publisher:
+                self.publisher.resume()
         self._start_tracker()
 
     def _check_checkpoint(self, folder: Path) -> None:
@@ -265,8 +302,7 @@ class Run:
                 self.metrics.append({"step": self.trainer.state.step, "diagnosis": "diverged"})
             self.last_values = dict.fromkeys(("validation_loss", "validation_accuracy"))
             write_json(self.output_dir / "run.json", self.record | {"results": self._results()})
-        self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
+        self._leave()
 
     def _report(self, line: dict[str, Any]) -> None:
         line["below_unigram_cross_entropy"] = self.unigram_cross_entropy - line["train_loss"]
@@ -308,8 +344,10 @@ class Run:
             folder = save_checkpoint(
                 self.output_dir, state, self.model, self.data.tokenizer, optimizer, self.record
             )
-            prune(self.output_dir, self.args.save_total_limit, newest=state.step)
             self.print(f"step {state.step:>7,}  saved {folder}")
+            if self.publisher:
+                self.publisher.save(folder)
+            prune(self.output_dir, self.args.save_total_limit, newest=state.step)
 
     # ---------------------------------------------------------------- after training
 
@@ -317,13 +355,26 @@ class Run:
         """The final model in the folder itself, its card, the results, and what to do next."""
         if self.accelerator.is_main_process:
             results = self._results()
+            lines = self.metrics.lines()
             write_model(self.output_dir, self.model, self.data.tokenizer)
-            write_model_card(self.output_dir, self.record, results)
+            if can_draw(lines):
+                save_loss_figure(lines, self.output_dir / FIGURE)
+            name = self.publisher.repo_id if self.publisher else default_repository(self.output_dir)
+            card = model_card(name.split("/")[-1], self.record, results, can_draw(lines))
+            write_text(self.output_dir / "README.md", card)
+            if self.publisher:
+                self.publisher.finish(results)
             write_json(self.output_dir / "run.json", self.record | {"results": results})
             self.print(*console.results_lines(self.output_dir, results))
+        self._leave()
+
+    def _leave(self) -> None:
+        """End together, then wait for the last push alone."""
         # A process that leaves while another still talks to it makes that one crash.
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
+        if self.publisher:
+            self.publisher.wait()
 
     def _results(self) -> dict[str, Any]:
         loss = self.last_values["validation_loss"]

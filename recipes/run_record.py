@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from bert_ln import BertLnConfig
 from bert_ln.placements import PLACEMENTS
-from recipes.arguments import MODEL_OPTIONS, PretrainingArguments
+from recipes.arguments import MODEL_OPTIONS, HubArguments, PretrainingArguments
 from recipes.errors import UserError
 from recipes.files import is_aside, write_text
 from recipes.stages import Stage
@@ -22,6 +22,7 @@ from recipes.stages import Stage
 # Options that change neither the weights nor the figures of a run, so that it may be continued with others.
 # Micro-batch, accumulation and processes count through their product, the global batch.
 OPERATIONAL = {
+    *HubArguments.__dataclass_fields__,
     "cache_dir",
     "dataloader_num_workers",
     "eval_steps",

@@ -169,6 +169,8 @@ def _check(study: Study, overrides: dict[str, Any]) -> None:
     for option in SET_BY_STUDY:
         if option in study.base.keys() - {"output_dir"} | {o for arm in study.arms for o in arm.options}:
             raise UserError(f"{option}: is set by the study for each of its runs")
+    if any(options.get("push_to_hub") for options in (study.base, *(arm.options for arm in study.arms))):
+        raise UserError("push_to_hub: not in a study; push a run of it with: python recipes/hub.py push RUN")
     needed = set()
     for arm in study.arms:
         for seed in study.seeds:
