@@ -216,7 +216,9 @@ def _newest(files: set[str]) -> str | None:
 
 def _in_cache(repo_id: str, revision: str | None) -> Path | None:
     try:
-        snapshot = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+        # Nothing more than this is known to be there.
+        known = {"allow_patterns": ["metrics.jsonl"], "local_files_only": True}
+        snapshot = Path(snapshot_download(repo_id, revision=revision, **known))
     except LocalEntryNotFoundError:
         return None
     last = snapshot / LAST_CHECKPOINT

@@ -24,7 +24,7 @@ from recipes.files import write_json, write_text
 
 try:
     import fcntl
-except ImportError:  # no such thing on Windows: there one must not push a run twice at once
+except ImportError:  # on Windows nothing keeps two commands from pushing a run at once
     fcntl = None
 
 SENDING = ".sending"
@@ -138,14 +138,12 @@ def read_entry(folder: Path) -> Entry:
         raise UserError(f"{folder}: is no entry of a queue ({error}); remove it") from error
 
 
-def take_next(run: Path) -> Path | None:
-    """Take what is to be pushed now, or None; ask again after a failure, since newer ones may have come.
+def take_next(run: Path) -> Path:
+    """Take what is to be pushed now, where something is pending; ask again after a failure.
 
     In the order of steps where all are wanted; else only the newest, and the others are dropped.
     """
     folders = _taken(run) + _waiting(run)
-    if not folders:
-        return None
     chosen = folders[0]
     try:
         if not read_entry(folders[-1]).keep:

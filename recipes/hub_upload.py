@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_session, get_token
@@ -72,41 +72,46 @@ def push_pending(run: Path, patient: bool, say: Say) -> bool:
         if not alone:
             say(f"{run}: another process is pushing it")
             return False
-        failures, reason = 0, None
+        failures, said = 0, None
         while pending(run):
             hurry = not patient or _is_last(run)
             if not hurry:
                 _wait_for_turn(run)
             folder = take_next(run)
-            if folder is None:
-                break
-            entry = read_entry(folder)
-            try:
-                commit = _attempt(run, entry, folder / "files")
-            except Exception as error:  # whatever an upload raises must not end this loop
-                failures, before, reason = failures + 1, reason, words(error)
-                write_status(run, error=reason)
-                over = is_final(error) or (hurry and failures >= TRIES)
-                if over or reason != before:
-                    say(_failure_line(run, entry, reason, over))
-                if over:
-                    return False
-                if _wait(run, _pause(failures, error), not hurry):
-                    failures = 0  # the last entry has come: its tries begin
+            error = _attempt(run, folder, say)
+            if error is None:
+                failures, said = 0, None
                 continue
-            pushed = (read_status(run).pushed or {}) | {entry.name: commit}
-            write_status(run, repo_id=entry.repo_id, pushed=pushed, pushed_at=time.time(), error=None)
-            remove(folder)
-            say(f"step {entry.step:>7,}  pushed to {entry.repo_id} as {entry.name}")
-            failures, reason = 0, None
+            failures += 1
+            is_over = is_final(error) or (hurry and failures >= TRIES)
+            if is_over and (hurry or not _is_last(run)):
+                say(f"{_not_pushed(folder, error)}, send it later with: {push_command(run)}")
+                return False
+            if said != (said := words(error)):
+                say(f"{_not_pushed(folder, error)} and is tried again")
+            if _wait(run, _pause(failures, error), cut_short=not hurry):
+                failures = 0  # the last entry has come: its tries begin
     return True
 
 
-def _failure_line(run: Path, entry: Entry, reason: str, over: bool) -> str:
-    line = f"step {entry.step:>7,}  not pushed to {entry.repo_id}: {reason}; it stays queued"
-    if over:
-        return f"{line}, send it later with: {push_command(run)}"
-    return f"{line} and is tried again"
+def _attempt(run: Path, folder: Path, say: Say) -> Exception | None:
+    """Push an entry and take it out of the queue; returns what went wrong."""
+    entry = read_entry(folder)
+    try:
+        commit = _push(entry, folder / "files", is_first=not read_status(run).pushed)
+    except Exception as error:  # whatever an upload raises must not end the loop
+        write_status(run, error=words(error))
+        return error
+    pushed = (read_status(run).pushed or {}) | {entry.name: commit}
+    write_status(run, repo_id=entry.repo_id, pushed=pushed, pushed_at=time.time(), error=None)
+    remove(folder)
+    say(f"step {entry.step:>7,}  pushed to {entry.repo_id} as {entry.name}")
+    return None
+
+
+def _not_pushed(folder: Path, error: Exception) -> str:
+    entry = read_entry(folder)
+    return f"step {entry.step:>7,}  not pushed to {entry.repo_id}: {words(error)}; it stays queued"
 
 
 def _is_last(run: Path) -> bool:
@@ -162,21 +167,25 @@ def words(error: BaseException) -> str:
     return f"{status}{text}{cause}"
 
 
-def _attempt(run: Path, entry: Entry, files: Path) -> str:
-    """One push; returns the commit. An upload without end ends this process."""
-    if hasattr(signal, "alarm"):
-        signal.alarm(LONGEST_ATTEMPT)
+def _push(entry: Entry, files: Path, is_first: bool) -> str:
+    """One push, with the figure of its card; returns the commit. One without end ends this process."""
+    _end_after(LONGEST_ATTEMPT)
     try:
         lines = [json.loads(line) for line in (files / "metrics.jsonl").read_text().splitlines()]
         if can_draw(lines) and not (files / FIGURE).exists():
             save_loss_figure(lines, files / FIGURE)
-        return push_files(entry, files, is_new=not read_status(run).pushed)
+        return push_files(entry, files, is_first)
     finally:
-        if hasattr(signal, "alarm"):
-            signal.alarm(0)
+        _end_after(0)
 
 
-def push_files(entry: Entry, files: Path, is_new: bool) -> str:
+def _end_after(seconds: int) -> None:
+    """End this process, whatever it hangs in, unless asked again; 0 takes it back. Not on Windows."""
+    if hasattr(signal, "alarm"):
+        signal.alarm(seconds)
+
+
+def push_files(entry: Entry, files: Path, is_first: bool) -> str:
     """Push a folder as one commit on main, and tag it; returns the commit.
 
     What a lost answer leaves undone is done by the next try: the same files make no second commit.
@@ -184,9 +193,9 @@ def push_files(entry: Entry, files: Path, is_new: bool) -> str:
     api = HfApi()
     # Without a namespace, where the Hub could not be asked when it was queued, it is the user's own.
     repo_id = entry.repo_id if "/" in entry.repo_id else f"{api.whoami()['name']}/{entry.repo_id}"
-    if is_new:
+    if is_first:
         api.create_repo(repo_id, private=entry.private, exist_ok=True)
-        _use_xet_where_spoken(repo_id)
+    _use_xet_where_spoken(repo_id)
     paths = {f.relative_to(files).as_posix(): f for f in sorted(files.rglob("*")) if f.is_file()}
     additions = [CommitOperationAdd(name, path) for name, path in paths.items()]
     # The root first: what lies in the state's folder a second time is then there already.
@@ -210,6 +219,7 @@ def _tag(api: HfApi, repo_id: str, name: str, commit: str) -> None:
             api.create_tag(repo_id, tag=name, revision=commit)
 
 
+@cache
 def _use_xet_where_spoken(repo_id: str) -> None:
     """A Hub of one's own may not speak Xet, for which huggingface_hub has a switch and no fallback."""
     address = f"{constants.ENDPOINT}/api/models/{repo_id}/xet-write-token/main"
@@ -231,7 +241,8 @@ def main() -> int:
     parser.add_argument("--parent", type=int, required=True)
     given = parser.parse_args()
     threading.Thread(target=_end_with, args=(given.parent,), daemon=True).start()
-    os.nice(10)
+    if hasattr(os, "nice"):
+        os.nice(10)
     disable_progress_bars()
     hub_logging.set_verbosity_error()
     set_timeout(SILENCE)

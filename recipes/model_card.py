@@ -28,7 +28,7 @@ def model_card(name: str, record: dict[str, Any], results: dict[str, Any], has_f
     text = TEMPLATE.read_text(encoding="utf-8").format(
         name=name,
         placeholder=PLACEHOLDER,
-        parameters=f"{record['parameters'] / 1e6:.1f} M",
+        parameters=f" of {record['parameters'] / 1e6:.1f} M parameters" if "parameters" in record else "",
         mask_token="[MASK]",
         placement=" ".join(PLACEMENTS[config.norm_placement].__doc__.split("\n\n")[0].split()),
         layers=", ".join(f"`{name}: {value}`" for name, value in config.layers.items()),
@@ -81,7 +81,7 @@ def _training(record: dict[str, Any], config: BertLnConfig) -> dict[str, Any]:
         "dropout": f"{config.hidden_dropout_prob}, in attention {config.attention_probs_dropout_prob}",
         "precision": precision,
         "seed": options["seed"],
-        "hardware": record["hardware"],
+        "hardware": record.get("hardware", "not recorded"),
         "versions": versions,
     }
 

@@ -61,11 +61,11 @@ def tiny(corpus_dir, cache_dir, tmp_path):
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def launch(corpus_dir, cache_dir):
     """Starts recipes/pretrain.py as a user would, on the small corpus."""
 
-    def start(*words, processes=1, launcher=None, env=None, cwd=ROOT, timeout=240, **options):
+    def start(*words, processes=1, launcher=None, env=None, cwd=ROOT, timeout=240, wait=True, **options):
         options = TINY | {"train_file": corpus_dir, "cache_dir": cache_dir} | options
         flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         command = launcher or [sys.executable]
@@ -75,10 +75,18 @@ def launch(corpus_dir, cache_dir):
             # A port that the system chooses: several tests may run at once.
             command += ["--main_process_port", "0"]
             environment["ACCELERATE_USE_CPU"] = "true"
-        return subprocess.run(
+        process = subprocess.Popen(
             [*command, str(ROOT / "recipes" / "pretrain.py"), *flags, *words],
-            env=environment | (env or {}), cwd=cwd, capture_output=True, text=True, timeout=timeout,
+            env=environment | (env or {}), cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
+        if not wait:
+            return process
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     return start
 

@@ -13,6 +13,7 @@ import pytest
 from tests.conftest import ROOT, accelerate
 from tests.glue_hub import GlueHub
 from tests.glue_made_up import results_of, write_model_folder, write_task
+from tests.hub_server import TOKEN, Hub
 
 SLOW_START = 240  # seconds; imports alone take some
 
@@ -128,6 +129,34 @@ def test_a_run_dir_is_fine_tuned_checkpoint_by_checkpoint(glue, tmp_path):
     assert [entry["model"]["step"] for entry in entries] == [10, 20]
     assert (output / "trajectory.png").stat().st_size > 10_000
     assert "mrpc, run: score" in (output / "results.md").read_text()
+
+
+def test_the_revisions_of_a_repository_are_fine_tuned_one_by_one(glue, tmp_path):
+    steps = {10: 0.01, 2: 0.02}
+    local = {step: write_model_folder(tmp_path / f"{step}", initializer_range=r) for step, r in steps.items()}
+    with Hub() as hub:
+        for step, folder in local.items():
+            files = {file.name: file.read_bytes() for file in folder.iterdir()}
+            repo = hub.repos.get("writer/run") or hub.add("writer/run", {"README.md": "a run"}, private=True)
+            repo.tags[f"step-{step}"] = repo.write(files).sha
+        environment = hub.environment(tmp_path / "home", TOKEN)
+        done = glue(model_name_or_path=None, run_dir="hub:writer/run", environment=environment)
+        assert done.returncode == 0, done.stderr
+        one = {"model_name_or_path": "hub:writer/run@step-2", "output_dir": "one"}
+        assert glue(**one, environment=environment).returncode == 0
+        refused = glue(
+            model_name_or_path="hub:writer/run@step-3", output_dir="three", environment=environment
+        )
+        assert refused.returncode == 2 and "writer/run@step-3" in refused.stderr
+    assert glue(model_name_or_path="2", output_dir="local").returncode == 0
+    entries = json.loads((tmp_path / "output" / "glue" / "results.json").read_text())["results"]
+    assert [entry["model"]["step"] for entry in entries] == [2, 10]
+    assert [entry["model"]["run"] for entry in entries] == ["hub:writer/run"] * 2
+    assert "mrpc, hub:writer/run: score" in (tmp_path / "output" / "glue" / "results.md").read_text()
+    (same,), (alone,) = (
+        json.loads((tmp_path / folder / "results.json").read_text())["results"] for folder in ("local", "one")
+    )
+    assert entries[0]["mean"] == alone["mean"] == same["mean"] and entries[1]["mean"] != same["mean"]
 
 
 def test_data_come_from_the_hub_where_no_folder_is_given(glue, tmp_path):
