@@ -3,7 +3,6 @@
 import json
 import math
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,7 @@ from recipes.publishing import Publisher, default_repository
 from recipes.run_record import Metrics, check_same_run, describe_run, differences
 from recipes.stages import Stage, block_lengths, build_stages, remaining_tokens
 from recipes.token_store import unigram_cross_entropy
+from recipes.tracking import Tracker, check_tracker
 from recipes.training import NotFinite, Trainer
 from recipes.validation import Validation
 
@@ -72,8 +72,7 @@ def pretrain(args: PretrainingArguments) -> None:
 
 
 def _build_accelerator(args: PretrainingArguments) -> Accelerator:
-    if args.report_to != "none" and find_spec(args.report_to) is None:
-        raise UserError(f"report_to {args.report_to}: not installed; pip install {args.report_to}")
+    check_tracker(args.report_to)
     accelerator = Accelerator(
         # Autocast is the loop's own affair (validation runs without), whatever the launcher says.
         mixed_precision="no",
@@ -105,6 +104,7 @@ class Run:
     def __post_init__(self) -> None:
         self.output_dir = Path(self.args.output_dir)
         self.metrics = Metrics(self.output_dir / "metrics.jsonl")
+        self.tracker = Tracker(self.args.report_to, self.accelerator, self.output_dir)
         self.publisher: Publisher | None = None  # on the main process of a run that is pushed
         self.bf16, self.precision = choose_precision(self.args.bf16, self.accelerator.device)
         self.args.bf16 = self.bf16
@@ -261,7 +261,7 @@ class Run:
             self.validation.save(self.output_dir / "validation_masks.safetensors")
             if self.publisher:
                 self.publisher.resume()
-        self._start_tracker()
+        self.tracker.start(self.args.to_dict(), self.metrics, step)
 
     def _check_checkpoint(self, folder: Path) -> None:
         different = differences(self.record, json.loads((folder / "trainer" / "run.json").read_text()))
@@ -269,12 +269,6 @@ class Run:
             raise UserError(
                 f"resume_from_checkpoint {folder}: is of a different run ({'; '.join(different)})"
             )
-
-    def _start_tracker(self) -> None:
-        options = {k: v for k, v in self.args.to_dict().items() if isinstance(v, (int, float, str, bool))}
-        # Lines that the resumed run is about to repeat are dropped.
-        purge = {"tensorboard": {"purge_step": self.trainer.state.step + 1}}
-        self.accelerator.init_trackers("bert-ln", config=options, init_kwargs=purge)
 
     def say_cost(self, threads: str) -> None:
         """One screen: what is about to happen and what it will take."""
@@ -335,8 +329,7 @@ class Run:
     def _record(self, line: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
             self.metrics.append(line)
-        numbers = {name: value for name, value in line.items() if isinstance(value, (int, float))}
-        self.accelerator.log({k: v for k, v in numbers.items() if k != "step"}, step=line["step"])
+        self.tracker.log(line)
 
     def _save(self, state: TrainState) -> None:
         if self.accelerator.is_main_process:
@@ -372,7 +365,7 @@ class Run:
         """End together, then wait for the last push alone."""
         # A process that leaves while another still talks to it makes that one crash.
         self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
+        self.tracker.finish()
         if self.publisher:
             self.publisher.wait()
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from recipes.arguments import UserError
+from recipes.errors import UserError
 from recipes.files import write_json
 from recipes.run_record import Metrics
 

@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ from recipes.preparation import prepare_data
 from recipes.pretraining import pretrain
 from recipes.run_record import model_settings
 from recipes.stages import build_stages
-from recipes.training import Trainer
 from tests.conftest import ROOT, metrics_of
 from tests.test_training import DROPOUT, Interrupted, digest, interrupt_at
 
@@ -242,35 +240,6 @@ def test_starting_late_costs_no_more_than_starting(tiny):
     (batch,) = next(batches.updates(1_000_000_000, args.max_steps, 0))
     assert len(reads) == 1
     assert torch.equal(batch["input_ids"], batches[1_000_000_000, 0]["input_ids"])
-
-
-def test_tensorboard_lines_up_after_a_resume(tiny, tmp_path, monkeypatch):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    count = Trainer._count
-
-    def dying(self, batches):
-        count(self, batches)
-        if self.state.step == 7:
-            time.sleep(0.1)
-            raise RuntimeError
-
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
-        patch.setattr(Trainer, "_count", dying)
-        pretrain(tiny(report_to="tensorboard"))
-    pretrain(tiny(report_to="tensorboard"))
-    events = EventAccumulator(str(tmp_path / "run" / "bert-ln"))
-    events.Reload()
-    tracked = {e.step: e.value for e in events.Scalars("train_loss")}
-    written = {line["step"]: line["train_loss"] for line in metrics_of(tmp_path / "run", "train_loss")}
-    assert tracked == pytest.approx(written)
-    assert [e.step for e in events.Scalars("train_loss")] == list(range(1, 13))
-
-
-def test_a_tracker_that_is_not_installed(tiny, monkeypatch):
-    monkeypatch.setattr(pretraining, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="report_to wandb: not installed; pip install wandb"):
-        pretrain(tiny(report_to="wandb"))
 
 
 def test_the_screen_before_the_first_step(tiny, capsys):
