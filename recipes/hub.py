@@ -36,7 +36,7 @@ from recipes.errors import UserError
 from recipes.hub_access import check_access
 from recipes.hub_queue import Entry, pending, read_status
 from recipes.hub_session import set_timeout
-from recipes.hub_upload import SILENCE, push_pending
+from recipes.hub_upload import SILENCE, TRIES, push_pending
 from recipes.publishing import default_repository, queue_checkpoint
 
 OPTIONS = {
@@ -60,6 +60,9 @@ def main() -> int:
         return _push(run, given.pop("pending"), given)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except FileNotFoundError as error:
+        print(f"error: {error.filename} is gone: the run goes on and prunes; try again", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: what is left stays queued", file=sys.stderr)
@@ -111,7 +114,7 @@ def _push(run: Path, only_pending: bool, given: dict[str, Any]) -> int:
         print(f"{run}: nothing waits to be pushed")
         return 0
     set_timeout(SILENCE)
-    return 0 if push_pending(run, patient=False, say=partial(print, flush=True)) else 1
+    return 0 if push_pending(run, partial(print, flush=True), TRIES) else 1
 
 
 def _queue(run: Path, options: dict[str, Any]) -> None:
@@ -125,14 +128,17 @@ def _queue(run: Path, options: dict[str, Any]) -> None:
     record = json.loads((run / "run.json").read_text(encoding="utf-8"))
     strategy, private = options["hub_strategy"], options.get("hub_private_repo")
     wanted = options.get("hub_model_id") or read_status(run).repo_id or default_repository(run)
-    repo_id, note = check_access(wanted, private, record, run)
-    if note:
-        print(note)
-    for folder in complete if strategy in EVERY else complete[-1:]:
-        # All of them are wanted here, whichever files they bring.
-        entry = Entry(step_of(folder), repo_id, private, strategy, keep=strategy in EVERY, last=True)
-        is_final = step_of(folder) == record["options"]["max_steps"]
-        queue_checkpoint(entry, folder, record.get("results") if is_final else None)
+    access = check_access(wanted, private, record, run)
+    if access.note:
+        print(access.note)
+    chosen = complete if strategy in EVERY else complete[-1:]
+    there = (read_status(run).pushed or {}) if read_status(run).repo_id == access.repo_id else {}
+    for folder in chosen:
+        # All of them are wanted here, whichever files they bring; those before the newest only once.
+        entry = Entry(step_of(folder), access.repo_id, private, strategy, keep=strategy in EVERY, last=True)
+        if folder == chosen[-1] or entry.name not in there:
+            is_final = entry.step == record["options"]["max_steps"] and (run / "README.md").exists()
+            queue_checkpoint(entry, folder, record.get("results") if is_final else None)
 
 
 if __name__ == "__main__":

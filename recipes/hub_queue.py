@@ -11,6 +11,7 @@ that pushes takes them and writes the status.
 
 import json
 import os
+import secrets
 import shlex
 import shutil
 from collections.abc import Iterable, Iterator
@@ -24,10 +25,14 @@ from recipes.files import write_json, write_text
 
 try:
     import fcntl
-except ImportError:  # on Windows nothing keeps two commands from pushing a run at once
+except ImportError:  # Windows, where nothing keeps two commands from pushing a run at once
     fcntl = None
 
 SENDING = ".sending"
+# Where the strategy `checkpoint` puts the trainer's state.
+LAST_CHECKPOINT = "last-checkpoint"
+# In the model card, until it is known which repository it is pushed to.
+PLACEHOLDER = "PATH_OF_THIS_FOLDER"
 
 
 @dataclass(frozen=True)
@@ -94,11 +99,11 @@ def add_entry(run: Path, entry: Entry, files: Iterable[tuple[Path, Path]], texts
     for name, text in texts.items():
         write_text(aside / "files" / name, text)
     write_json(aside / "entry.json", asdict(entry))
-    shutil.rmtree(folder, ignore_errors=True)
+    remove(folder)
     os.replace(aside, folder)
     if not entry.keep:
         for older in _waiting(run)[:-1]:
-            shutil.rmtree(older, ignore_errors=True)
+            remove(older)
 
 
 def _link(source: Path, target: Path) -> None:
@@ -109,61 +114,72 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
+def remove(folder: Path) -> None:
+    """Take an entry out of the queue, if it is there: at once, so that half of one is never seen."""
+    gone = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    try:
+        os.replace(folder, gone)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(gone, ignore_errors=True)
+
+
 def _waiting(run: Path) -> list[Path]:
     """Entries that nobody has taken, in the order of their steps."""
     folders = [f for f in hub_folder(run).glob("step-*") if f.name.removeprefix("step-").isdigit()]
     return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")))
 
 
-def _taken(run: Path) -> list[Path]:
-    return list(hub_folder(run).glob(f"step-*{SENDING}"))
+def _folders(run: Path) -> list[Path]:
+    """Entries, the one that is being sent first; some may be gone a moment later."""
+    waiting = _waiting(run)  # first: what is taken in between is seen twice, and not missed
+    return [*hub_folder(run).glob(f"step-*{SENDING}"), *waiting]
 
 
 def pending(run: Path) -> list[Entry]:
-    """What has not been pushed yet, the one that is being pushed first."""
-    return [read_entry(folder) for folder in _taken(run) + _waiting(run)]
-
-
-def read_entry(folder: Path) -> Entry:
-    """The entry of a folder.
+    """What has not been pushed yet, the one that is being pushed first.
 
     Raises:
-        FileNotFoundError: It is gone.
-        UserError: It is none.
+        UserError: One cannot be read.
     """
-    text = (folder / "entry.json").read_text(encoding="utf-8")
+    found = (read_entry(folder) for folder in _folders(run))
+    return [entry for entry in found if entry]
+
+
+def read_entry(folder: Path) -> Entry | None:
+    """The entry of a folder; None where it is gone, or only half there.
+
+    Raises:
+        UserError: It is none that this version knows.
+    """
     try:
-        return Entry(**json.loads(text))
+        return Entry(**json.loads((folder / "entry.json").read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
     except (ValueError, TypeError) as error:
         raise UserError(f"{folder}: is no entry of a queue ({error}); remove it") from error
 
 
-def take_next(run: Path) -> Path:
-    """Take what is to be pushed now, where something is pending; ask again after a failure.
+def take_next(run: Path) -> Path | None:
+    """Take what is to be pushed now, if there is something; ask again after a failure.
 
     In the order of steps where all are wanted; else only the newest, and the others are dropped.
     """
-    folders = _taken(run) + _waiting(run)
-    chosen = folders[0]
+    folders = [folder for folder in _folders(run) if (folder / "entry.json").exists()]
+    if not folders:
+        return None
+    newest = read_entry(folders[-1])
+    chosen = folders[0] if newest and newest.keep else folders[-1]
+    for older in folders[: folders.index(chosen)]:
+        remove(older)
+    if chosen.name.endswith(SENDING):
+        return chosen
+    sending = chosen.with_name(chosen.name + SENDING)
     try:
-        if not read_entry(folders[-1]).keep:
-            chosen = folders.pop()
-            for older in folders:
-                shutil.rmtree(older, ignore_errors=True)
-        if chosen.name.endswith(SENDING):
-            return chosen
-        sending = chosen.with_name(chosen.name + SENDING)
         os.replace(chosen, sending)
     except FileNotFoundError:  # the run has replaced it meanwhile by a newer one
         return take_next(run)
     return sending
-
-
-def remove(folder: Path) -> None:
-    """Take an entry that has been pushed out of the queue."""
-    done = folder.with_name(f".{folder.name}")
-    os.replace(folder, done)
-    shutil.rmtree(done, ignore_errors=True)
 
 
 def read_status(run: Path) -> Status:
@@ -185,7 +201,9 @@ def only_pusher(run: Path) -> Iterator[bool]:
         try:
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             yield False
             return
+        except OSError:
+            pass  # a file system without locks: better without than never
         yield True

@@ -8,7 +8,6 @@ or with the run that started it.
 import argparse
 import json
 import os
-import re
 import signal
 import sys
 import threading
@@ -17,19 +16,15 @@ from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, get_session, get_token
-from huggingface_hub.errors import (
-    BadRequestError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-)
-from huggingface_hub.utils import build_hf_headers, disable_progress_bars
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_session
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import build_hf_headers, disable_progress_bars, hf_raise_for_status
 from huggingface_hub.utils import logging as hub_logging
 
 from recipes.errors import UserError
+from recipes.files import write_text
 from recipes.hub_queue import (
+    PLACEHOLDER,
     Entry,
     only_pusher,
     pending,
@@ -40,8 +35,8 @@ from recipes.hub_queue import (
     take_next,
     write_status,
 )
-from recipes.hub_session import set_timeout
-from recipes.loss_figure import FIGURE, can_draw, save_loss_figure
+from recipes.hub_session import asked_to_wait, is_final, set_timeout, words
+from recipes.loss_figure import FIGURE, draw_loss
 
 # Seconds without a byte from the server after which a request is given up and tried again.
 SILENCE = 120.0
@@ -49,21 +44,19 @@ SILENCE = 120.0
 LONGEST_ATTEMPT = 3 * 3600
 # Seconds to wait after a failure: doubled each time.
 FIRST_WAIT, LONGEST_WAIT = 2.0, 300.0
-# Attempts at what nobody else will push after us: the last entry of a run, or a user's command.
+# Attempts of a command, for which somebody waits.
 TRIES = 5
-# Answers that another try may change: a time-out, a conflict with another commit, too many requests.
-PASSING = {408, 409, 412, 425, 429}
 
 Say = Callable[[str], None]
 
 
-def push_pending(run: Path, patient: bool, say: Say) -> bool:
+def push_pending(run: Path, say: Say, tries: int | None = None) -> bool:
     """Push entries until the queue is empty or nothing can be done.
 
     Args:
         run: Folder of the run.
-        patient: Keep trying and wait for our turn, as long as the run goes on; else give up after TRIES.
         say: Takes a line for people.
+        tries: Attempts after which to give up; None: as long as the run lives, at its interval.
 
     Returns:
         Whether the queue is empty.
@@ -74,38 +67,40 @@ def push_pending(run: Path, patient: bool, say: Say) -> bool:
             return False
         failures, said = 0, None
         while pending(run):
-            hurry = not patient or _is_last(run)
-            if not hurry:
+            if tries is None:
                 _wait_for_turn(run)
-            folder = take_next(run)
-            error = _attempt(run, folder, say)
+            was_last, folder = _is_last(run), take_next(run)
+            error = _attempt(run, folder, say) if folder else None
             if error is None:
                 failures, said = 0, None
                 continue
             failures += 1
-            is_over = is_final(error) or (hurry and failures >= TRIES)
-            if is_over and (hurry or not _is_last(run)):
+            # The last entry may have come meanwhile: it is tried in any case.
+            if failures == tries or (is_final(error) and was_last == _is_last(run)):
                 say(f"{_not_pushed(folder, error)}, send it later with: {push_command(run)}")
                 return False
             if said != (said := words(error)):
                 say(f"{_not_pushed(folder, error)} and is tried again")
-            if _wait(run, _pause(failures, error), cut_short=not hurry):
-                failures = 0  # the last entry has come: its tries begin
+            _wait(run, max(asked_to_wait(error), min(FIRST_WAIT * 2 ** (failures - 1), LONGEST_WAIT)))
+            if was_last != _is_last(run):
+                failures = 0
     return True
 
 
 def _attempt(run: Path, folder: Path, say: Say) -> Exception | None:
     """Push an entry and take it out of the queue; returns what went wrong."""
-    entry = read_entry(folder)
+    entry, status = read_entry(folder), read_status(run)
     try:
-        commit = _push(entry, folder / "files", is_first=not read_status(run).pushed)
+        repo_id = full_name(entry.repo_id)
+        is_first = repo_id != status.repo_id
+        commit = _push(repo_id, entry, folder / "files", is_first)
     except Exception as error:  # whatever an upload raises must not end the loop
         write_status(run, error=words(error))
         return error
-    pushed = (read_status(run).pushed or {}) | {entry.name: commit}
-    write_status(run, repo_id=entry.repo_id, pushed=pushed, pushed_at=time.time(), error=None)
+    pushed = ({} if is_first else status.pushed or {}) | {entry.name: commit}
+    write_status(run, repo_id=repo_id, pushed=pushed, pushed_at=time.time(), error=None)
     remove(folder)
-    say(f"step {entry.step:>7,}  pushed to {entry.repo_id} as {entry.name}")
+    say(f"step {entry.step:>7,}  pushed to {repo_id} as {entry.name}")
     return None
 
 
@@ -119,62 +114,36 @@ def _is_last(run: Path) -> bool:
 
 
 def _wait_for_turn(run: Path) -> None:
-    """Until the interval between two pushes has passed, or the run has ended and its last entry is there."""
-    interval = max(entry.min_interval for entry in pending(run))
-    _wait(run, read_status(run).pushed_at + interval - time.time(), cut_short=True)
+    """Until the interval between two pushes has passed, unless the run has ended."""
+    interval = max((entry.min_interval for entry in pending(run)), default=0.0)
+    if not _is_last(run):
+        _wait(run, read_status(run).pushed_at + interval - time.time())
 
 
-def _wait(run: Path, seconds: float, cut_short: bool) -> bool:
-    """Sleep; returns whether it was cut short, because the run's last entry has come."""
-    end = time.monotonic() + seconds
-    while (left := end - time.monotonic()) > 0:
-        if cut_short and _is_last(run):
-            return True
+def _wait(run: Path, seconds: float) -> None:
+    """Sleep, but no longer than until the last entry of the run comes."""
+    was_last, end = _is_last(run), time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0 and was_last == _is_last(run):
         time.sleep(min(left, 0.5))
-    return False
 
 
-def _pause(failures: int, error: Exception) -> float:
-    """Seconds until the next try: as the server says, else longer after each failure."""
-    response = getattr(error, "response", None)
-    after = response.headers.get("Retry-After", "") if response is not None else ""
-    return max(float(after) if after.isdigit() else 0.0, min(FIRST_WAIT * 2 ** (failures - 1), LONGEST_WAIT))
+@cache
+def full_name(repo_id: str) -> str:
+    """The repository with its namespace: without one it is the user's own."""
+    return repo_id if "/" in repo_id else f"{HfApi().whoami()['name']}/{repo_id}"
 
 
-def is_final(error: Exception) -> bool:
-    """Whether another try would end the same: the user has to do something first."""
-    if isinstance(error, HfHubHTTPError) and not isinstance(error, BadRequestError):
-        status = error.response.status_code
-        return 400 <= status < 500 and status not in PASSING
-    kinds = (BadRequestError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, UserError)
-    return isinstance(error, kinds)
-
-
-def words(error: BaseException) -> str:
-    """An error in one line, without a token and without the queries of addresses, which may hold secrets."""
-    response = getattr(error, "response", None)
-    text = " ".join(str(error).split()) or type(error).__name__
-    text = text.split(" For more information check:")[0]
-    text = re.sub(r"(https?://)[^\s/@]*@", r"\1", text)
-    text = re.sub(r"(https?://[^\s?'\"]*)\?[^\s'\"]*", r"\1", text)
-    if token := get_token():
-        text = text.replace(token, "[token]")
-    text = re.sub(r"hf_\w{8,}", "[token]", text)[:300]
-    cause = f" ({words(error.__cause__)})" if isinstance(error, RuntimeError) and error.__cause__ else ""
-    status = (
-        f"{response.status_code} " if response is not None and str(response.status_code) not in text else ""
-    )
-    return f"{status}{text}{cause}"
-
-
-def _push(entry: Entry, files: Path, is_first: bool) -> str:
-    """One push, with the figure of its card; returns the commit. One without end ends this process."""
+def _push(repo_id: str, entry: Entry, files: Path, is_first: bool) -> str:
+    """Complete the files of an entry and push them; returns the commit. One without end ends this process."""
     _end_after(LONGEST_ATTEMPT)
     try:
         lines = [json.loads(line) for line in (files / "metrics.jsonl").read_text().splitlines()]
-        if can_draw(lines) and not (files / FIGURE).exists():
-            save_loss_figure(lines, files / FIGURE)
-        return push_files(entry, files, is_first)
+        has_figure = draw_loss(lines, files / FIGURE)
+        card = (files / "README.md").read_text(encoding="utf-8").replace(PLACEHOLDER, repo_id)
+        if not has_figure:
+            card = "".join(line for line in card.splitlines(True) if FIGURE not in line)
+        write_text(files / "README.md", card)
+        return push_files(repo_id, entry, files, is_first)
     finally:
         _end_after(0)
 
@@ -185,16 +154,19 @@ def _end_after(seconds: int) -> None:
         signal.alarm(seconds)
 
 
-def push_files(entry: Entry, files: Path, is_first: bool) -> str:
+def push_files(repo_id: str, entry: Entry, files: Path, is_first: bool) -> str:
     """Push a folder as one commit on main, and tag it; returns the commit.
 
     What a lost answer leaves undone is done by the next try: the same files make no second commit.
+
+    Raises:
+        UserError: The repository is public, and was to be private.
     """
     api = HfApi()
-    # Without a namespace, where the Hub could not be asked when it was queued, it is the user's own.
-    repo_id = entry.repo_id if "/" in entry.repo_id else f"{api.whoami()['name']}/{entry.repo_id}"
     if is_first:
         api.create_repo(repo_id, private=entry.private, exist_ok=True)
+        if entry.private and not api.model_info(repo_id).private:
+            raise UserError(f"hub_private_repo: {repo_id} is public; make it private, or give another")
     _use_xet_where_spoken(repo_id)
     paths = {f.relative_to(files).as_posix(): f for f in sorted(files.rglob("*")) if f.is_file()}
     additions = [CommitOperationAdd(name, path) for name, path in paths.items()]
@@ -223,8 +195,11 @@ def _tag(api: HfApi, repo_id: str, name: str, commit: str) -> None:
 def _use_xet_where_spoken(repo_id: str) -> None:
     """A Hub of one's own may not speak Xet, for which huggingface_hub has a switch and no fallback."""
     address = f"{constants.ENDPOINT}/api/models/{repo_id}/xet-write-token/main"
-    if get_session().get(address, headers=build_hf_headers()).status_code == 404:
+    response = get_session().get(address, headers=build_hf_headers())
+    if response.status_code == 404:
         constants.HF_HUB_DISABLE_XET = True
+    else:
+        hf_raise_for_status(response)
 
 
 def _end_with(parent: int) -> None:
@@ -246,7 +221,7 @@ def main() -> int:
     disable_progress_bars()
     hub_logging.set_verbosity_error()
     set_timeout(SILENCE)
-    done = push_pending(given.run, patient=True, say=partial(print, flush=True))
+    done = push_pending(given.run, say=partial(print, flush=True))
     sys.stdout.flush()
     # Threads of an upload that hangs are not waited for.
     os._exit(0 if done else 1)

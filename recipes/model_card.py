@@ -7,10 +7,9 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from bert_ln import BertLnConfig
 from bert_ln.placements import PLACEMENTS
+from recipes.hub_queue import PLACEHOLDER
 from recipes.loss_figure import FIGURE
 
-# Where the card of a folder has the name of the repository when it is pushed.
-PLACEHOLDER = "PATH_OF_THIS_FOLDER"
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 
 
@@ -29,7 +28,6 @@ def model_card(name: str, record: dict[str, Any], results: dict[str, Any], has_f
         name=name,
         placeholder=PLACEHOLDER,
         parameters=f" of {record['parameters'] / 1e6:.1f} M parameters" if "parameters" in record else "",
-        mask_token="[MASK]",
         placement=" ".join(PLACEMENTS[config.norm_placement].__doc__.split("\n\n")[0].split()),
         layers=", ".join(f"`{name}: {value}`" for name, value in config.layers.items()),
         results=_table(_results(record, results)),
@@ -128,7 +126,7 @@ def _eval_results(record: dict[str, Any], results: dict[str, Any], datasets: lis
     return [
         EvalResult(
             task_type="fill-mask",
-            dataset_type=datasets[0] if datasets else "text",
+            dataset_type=datasets[0] if datasets else "local-files",
             dataset_name=f"{', '.join(_corpora(record['options']))}: validation, masks "
             f"{record['mask_fingerprint']}",
             dataset_split="validation",

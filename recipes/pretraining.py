@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,22 @@ from recipes.checkpointing import (
     load_checkpoint,
     prune,
     save_checkpoint,
+    step_of,
     write_model,
 )
 from recipes.diagnosis import Diverged, diagnose, last_diagnosis
 from recipes.errors import UserError
 from recipes.files import write_json, write_text
-from recipes.hub_access import cached_checkpoint, check_access, fetch_checkpoint, is_reference
+from recipes.hub_access import (
+    cached_checkpoint,
+    check_access,
+    check_same_on_hub,
+    fetch_checkpoint,
+    is_reference,
+    step_of_checkpoint,
+)
 from recipes.launch import check_num_processes, choose_precision, describe_hardware, set_threads
-from recipes.loss_figure import FIGURE, can_draw, save_loss_figure
+from recipes.loss_figure import FIGURE, draw_loss
 from recipes.masking import Masker
 from recipes.model_card import model_card
 from recipes.optimization import build_optimizer
@@ -106,6 +115,7 @@ class Run:
         self.metrics = Metrics(self.output_dir / "metrics.jsonl")
         self.tracker = Tracker(self.args.report_to, self.accelerator, self.output_dir)
         self.publisher: Publisher | None = None  # on the main process of a run that is pushed
+        self.on_hub: dict[str, Any] | None = None  # the run that its repository holds
         self.bf16, self.precision = choose_precision(self.args.bf16, self.accelerator.device)
         self.args.bf16 = self.bf16
 
@@ -122,13 +132,15 @@ class Run:
         self.found = check_same_run(self.output_dir, self.record)
 
     def check_hub(self) -> None:
-        """Ask the Hub what the run needs of it, before any work is done.
+        """Ask the Hub what the run needs of it, before any work is done; a main process does."""
+        if self.found is None or "results" not in self.found:
+            self._together(self._ask_hub)
 
-        Only a main process talks to it; what it refuses, all raise.
-        """
+    def _together(self, action: Callable[[], None]) -> None:
+        """Do something on this process; what is refused on one, all raise."""
         error = None
         try:
-            self._ask_hub()
+            action()
         except UserError as refusal:
             error = str(refusal)
         for refusal in gather_object([error]):
@@ -138,13 +150,27 @@ class Run:
     def _ask_hub(self) -> None:
         args, requested = self.args, self.args.resume_from_checkpoint
         if is_reference(requested) and self.accelerator.is_local_main_process:
-            fetch_checkpoint("resume_from_checkpoint", requested)
-        is_finished = self.found is not None and "results" in self.found
-        if args.push_to_hub and self.accelerator.is_main_process and not is_finished:
+            self._fetch(requested)
+        if args.push_to_hub and self.accelerator.is_main_process:
             wanted = args.hub_model_id or default_repository(self.output_dir)
-            repo_id, note = check_access(wanted, args.hub_private_repo, self.record, self.output_dir)
-            self.publisher = Publisher(args, repo_id)
-            self.print(*([f"{'hub':<12}{note}"] if note else []))
+            access = check_access(wanted, args.hub_private_repo, self.record, self.output_dir)
+            self.publisher, self.on_hub = Publisher(args, access.repo_id), access.record
+            self.print(*([f"{'hub':<12}{access.note}"] if access.note else []))
+
+    def _fetch(self, reference: str) -> None:
+        """Bring a checkpoint from the Hub, which need not answer where there is one here already."""
+        try:
+            note = fetch_checkpoint("resume_from_checkpoint", reference)
+        except UserError as error:
+            if find_checkpoint(self.output_dir, None)[0] is None:
+                raise
+            note = str(error)
+        self.print(*([f"{'hub':<12}{note}"] if note else []))
+
+    def _check_on_hub(self) -> None:
+        """The run that the repository holds, now that the data are known."""
+        if self.on_hub:
+            check_same_on_hub(self.publisher.repo_id, self.record, self.on_hub)
 
     def prepare(self) -> None:
         """Tokenizer, token stores, validation blocks, and the description of the run."""
@@ -177,6 +203,7 @@ class Run:
         identity = [self.data.fingerprints(), self.validation.mask_fingerprint]
         _check_agreement(identity, "the prepared data differs between processes; share cache_dir")
         self.found = check_same_run(self.output_dir, self.record)
+        self._together(self._check_on_hub)
 
     def _vocab_size(self) -> int:
         """Rows of the embedding: the tokenizer's, or more where it was loaded and more were asked for."""
@@ -240,7 +267,7 @@ class Run:
         """Put the newest complete checkpoint in place, if there is one."""
         requested = self.args.resume_from_checkpoint
         if is_reference(requested):
-            requested = str(cached_checkpoint("resume_from_checkpoint", requested))
+            requested = self._newer_of_hub(requested)
         folder, passed_over = find_checkpoint(self.output_dir, requested)
         self.print(*passed_over)
         if folder is None:
@@ -256,12 +283,23 @@ class Run:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             write_json(self.output_dir / "run.json", self.record)
             if folder is not None and folder.parent != self.output_dir:
-                self.metrics.continue_from(folder.parent / "metrics.jsonl")
+                self.metrics.continue_from(folder.parent / "metrics.jsonl", step)
             self.metrics.cut_back(step)
             self.validation.save(self.output_dir / "validation_masks.safetensors")
             if self.publisher:
                 self.publisher.resume()
         self.tracker.start(self.args.to_dict(), self.metrics, step)
+
+    def _newer_of_hub(self, reference: str) -> str | None:
+        """The checkpoint from the Hub, or None where the folder has one that is as new."""
+        here, _ = find_checkpoint(self.output_dir, None)
+        there = cached_checkpoint("resume_from_checkpoint", reference)
+        if here and (there is None or step_of(here) >= step_of_checkpoint(there)):
+            self.print(f"{reference} is passed over: {here} is as new or newer.")
+            return None
+        if there is None:
+            raise UserError(f"resume_from_checkpoint {reference}: not on this machine; share HF_HOME")
+        return str(there)
 
     def _check_checkpoint(self, folder: Path) -> None:
         different = differences(self.record, json.loads((folder / "trainer" / "run.json").read_text()))
@@ -348,12 +386,10 @@ class Run:
         """The final model in the folder itself, its card, the results, and what to do next."""
         if self.accelerator.is_main_process:
             results = self._results()
-            lines = self.metrics.lines()
             write_model(self.output_dir, self.model, self.data.tokenizer)
-            if can_draw(lines):
-                save_loss_figure(lines, self.output_dir / FIGURE)
+            has_figure = draw_loss(self.metrics.lines(), self.output_dir / FIGURE)
             name = self.publisher.repo_id if self.publisher else default_repository(self.output_dir)
-            card = model_card(name.split("/")[-1], self.record, results, can_draw(lines))
+            card = model_card(name.split("/")[-1], self.record, results, has_figure)
             write_text(self.output_dir / "README.md", card)
             if self.publisher:
                 self.publisher.finish(results)

@@ -17,14 +17,17 @@ from huggingface_hub import constants
 
 from recipes.arguments import PretrainingArguments
 from recipes.checkpointing import MARKER, step_of
-from recipes.hub_queue import Entry, add_entry, pending, push_command
-from recipes.loss_figure import can_draw
-from recipes.model_card import PLACEHOLDER, model_card
+from recipes.hub_queue import LAST_CHECKPOINT, Entry, add_entry, pending, push_command
+from recipes.model_card import model_card
 from recipes.run_record import Metrics
 
 UPLOADER = Path(__file__).with_name("hub_upload.py")
 # Strategies that push the trainer's state too, so that another machine can go on, and where they put it.
-STATE_FOLDERS = {"checkpoint": "last-checkpoint", "all_checkpoints": "checkpoint-{step}"}
+STATE_FOLDERS = {"checkpoint": LAST_CHECKPOINT, "all_checkpoints": "checkpoint-{step}"}
+
+
+# Options that say nothing of a run but where it lies.
+LOCAL = {"output_dir", "cache_dir", "resume_from_checkpoint"}
 
 
 @dataclass
@@ -49,8 +52,7 @@ class Publisher:
 
     def resume(self) -> None:
         """Push what an earlier process of this run left."""
-        if pending(self.run):
-            self._try(self.start)
+        self._try(lambda: self.start() if pending(self.run) else None)
 
     def save(self, checkpoint: Path) -> None:
         """Queue a checkpoint that has just been saved, where the strategy wants it."""
@@ -73,27 +75,26 @@ class Publisher:
         self.start()
 
     def wait(self) -> None:
-        """Until everything is pushed, given up, or `hub_exit_timeout` is over."""
-        if constants.HF_HUB_OFFLINE:
-            self._say_what_is_left()
-            return
-        if not pending(self.run):
-            return
-        end = time.monotonic() + self.args.hub_exit_timeout
-        print(f"pushing to {self.repo_id}, for at most {self.args.hub_exit_timeout:g} s ...", flush=True)
-        try:
-            # More than one process where the last entry came just as one was leaving.
-            while pending(self.run):
-                self.start()
-                if self.process.wait(end - time.monotonic()):
-                    return  # it has said why
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            self.process.kill()
-            self._say_what_is_left()
+        """Until everything is pushed, given up, or `hub_exit_timeout` is over; says what is left."""
+        self._try(self._wait)
 
-    def _say_what_is_left(self) -> None:
+    def _wait(self) -> None:
+        end = time.monotonic() + self.args.hub_exit_timeout
+        if pending(self.run) and not constants.HF_HUB_OFFLINE:
+            print(f"pushing to {self.repo_id}, for at most {self.args.hub_exit_timeout:g} s ...", flush=True)
+            try:
+                self._wait_until(end)
+            except (subprocess.TimeoutExpired, KeyboardInterrupt):
+                self.process.kill()
         if left := ", ".join(entry.name for entry in pending(self.run)):
             print(f"not pushed: {left}; it stays queued, send it with: {push_command(self.run)}", flush=True)
+
+    def _wait_until(self, end: float) -> None:
+        # More than one process where the last entry came just as one was leaving.
+        while pending(self.run):
+            self.start()
+            if self.process.wait(max(0.0, end - time.monotonic())):
+                return  # given up
 
     def _try(self, action: Callable[[], None]) -> None:
         try:
@@ -120,11 +121,14 @@ def queue_checkpoint(entry: Entry, checkpoint: Path, results: dict[str, Any] | N
     lines = [line for line in Metrics(run / "metrics.jsonl").lines() if line["step"] <= entry.step]
     if results is None:
         name = entry.repo_id.split("/")[-1]
-        card = model_card(name, record, _results_at(checkpoint, lines), can_draw(lines))
+        card = model_card(name, record, _results_at(checkpoint, lines), has_figure=True)
     else:
         card, record = (run / "README.md").read_text(encoding="utf-8"), record | {"results": results}
+    # Where things lie on this machine is nobody else's business.
+    options = {name: value for name, value in record["options"].items() if name not in LOCAL}
+    record |= {"options": options}
     texts = {
-        "README.md": card.replace(PLACEHOLDER, entry.repo_id),
+        "README.md": card,
         "metrics.jsonl": "".join(json.dumps(line) + "\n" for line in lines),
         "run.json": json.dumps(record, indent=2) + "\n",
     }

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -171,10 +170,10 @@ class Metrics:
                     raise UserError(f"output_dir: {self.file}, line {number}, is damaged") from None
         return lines
 
-    def continue_from(self, other: Path) -> None:
-        """Take over what another folder's run measured, where there is nothing yet."""
-        if other.exists() and not self.file.exists():
-            shutil.copyfile(other, self.file)
+    def continue_from(self, other: Path, step: int) -> None:
+        """Take over what another folder's run measured up to `step`, where there is less here."""
+        if other.exists() and max((line["step"] for line in self.lines()), default=0) < step:
+            write_text(self.file, other.read_text(encoding="utf-8"))
 
     def cut_back(self, step: int) -> None:
         """Drop what was measured after `step`, which training is about to repeat."""

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -146,6 +147,28 @@ def test_another_machine_continues_from_the_hub(pushed, launch, tmp_path, revisi
     assert not list((tmp_path / "run").glob("hub"))
 
 
+def test_a_newer_checkpoint_of_ones_own_goes_before_the_hubs(pushed, launch, tmp_path):
+    """As where a scheduler starts the same command again; also if the Hub is away by then."""
+    hub, run, _ = pushed
+    options = {"resume_from_checkpoint": f"hub:{REPO}@step-4", "output_dir": tmp_path / "run"}
+    environment = hub.environment(tmp_path / "home", TOKEN)
+    assert launch(env=environment, **options).returncode == 0
+    unfinished(tmp_path / "run")
+    again = launch(env=environment | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "new")}, **options)
+    assert again.returncode == 0, again.stderr
+    assert "as new or newer" in again.stdout and "checkpoint-8" in again.stdout
+    assert equal(weights(tmp_path / "run"), weights(run))
+    assert metrics_of(tmp_path / "run") == metrics_of(run)
+
+
+def unfinished(run):
+    """Take a run back to where its second checkpoint had just been saved."""
+    record = json.loads((run / "run.json").read_text())
+    del record["results"]
+    (run / "run.json").write_text(json.dumps(record))
+    shutil.rmtree(run / "checkpoint-12")
+
+
 def test_a_run_of_other_options_does_not_continue_from_the_hub(pushed, launch, tmp_path):
     hub, _, _ = pushed
     environment = hub.environment(tmp_path / "home", TOKEN)
@@ -179,7 +202,7 @@ def test_training_ends_as_without_a_hub_and_the_push_follows(pushed, launch, hub
     options = PUSHED | {"hub_exit_timeout": 4}
     done = launch(env=environment, output_dir=tmp_path / "run", **options)
     assert done.returncode == 0, done.stderr
-    assert "step-12" in done.stdout and "not pushed" in done.stdout and "push --pending" in done.stdout
+    assert re.search(r"\nnot pushed: (step-8, )?step-12; it stays queued, .* push --pending ", done.stdout)
     assert equal(weights(tmp_path / "run"), weights(reference))
     assert hub.repos[REPO].tags == {}
     hub.heal()
@@ -193,22 +216,30 @@ def test_training_ends_as_without_a_hub_and_the_push_follows(pushed, launch, hub
 
 def test_a_run_that_is_killed_while_it_pushes_pushes_when_it_goes_on(launch, hub, tmp_path):
     hub.fail("PUT", times=None, with_="hang")
-    options = PUSHED | {"max_steps": 600, "save_steps": 50, "eval_steps": 600, "logging_steps": 50}
-    environment = hub.environment(tmp_path / "home", TOKEN)
-    process = launch(wait=False, env=environment, output_dir=tmp_path / "run", **options)
-    hub.wait_for("PUT", seconds=120)
+    run = tmp_path / "run"
+    # So long that both are killed in the middle.
+    options = PUSHED | {"max_steps": 100_000, "save_steps": 50, "eval_steps": 100_000, "logging_steps": 50}
+    start = {"wait": False, "env": hub.environment(tmp_path / "home", TOKEN), "output_dir": run}
+    process = launch(**start, **options)
+    hub.wait_for("PUT", seconds=200)
+    check_killed_with_its_pusher(process)
+    assert list((run / "hub").glob("step-*")) and hub.repos[REPO].tags == {}
+    hub.heal()
+    process = launch(**start, **options)
+    hub.wait_for("POST .*/tag/", status=200, seconds=200)
+    assert "Continuing from" in check_killed_with_its_pusher(process)
+    (tag, *_) = hub.repos[REPO].tags
+    pushed = hub.repos[REPO].at(tag).files["model.safetensors"]
+    assert equal(load(pushed), weights(run / tag.replace("step", "checkpoint")))
+
+
+def check_killed_with_its_pusher(process):
+    """Kills a run and sees that nobody goes on pushing for it; returns what it had printed."""
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
-    process.communicate(timeout=60)
-    assert children and psutil.wait_procs(children, timeout=30)[1] == []  # nobody pushes for the dead
-    assert list((tmp_path / "run" / "hub").glob("step-*"))
-    hub.heal()
-    done = launch(env=environment, output_dir=tmp_path / "run", **options)
-    assert done.returncode == 0, done.stderr
-    assert "Continuing from" in done.stdout
-    pushed = hub.repos[REPO].at("step-600").files["model.safetensors"]
-    assert equal(load(pushed), weights(tmp_path / "run"))
-    assert not list((tmp_path / "run" / "hub").glob("*step-*"))
+    out, _ = process.communicate(timeout=60)
+    assert children and psutil.wait_procs(children, timeout=60)[1] == []
+    return out
 
 
 def test_only_the_main_process_talks_to_the_hub(launch, hub, tmp_path):
@@ -264,6 +295,8 @@ def test_offline_everything_is_queued(launch, hub, tmp_path):
     assert command("push", "--pending", tmp_path / "run", env=online).returncode == 0
     # The name had no namespace, and nobody to ask for it: it is the user's own.
     assert list(hub.repos[REPO].tags) == ["step-12"]
+    assert f'"{REPO}"' in hub.repos[REPO].at().files["README.md"].decode()
+    assert REPO in command("status", tmp_path / "run", env=online).stdout
 
 
 def test_a_study_is_not_pushed(tmp_path):
