@@ -268,5 +268,5 @@ def test_the_readme_shows_the_two_commands_first():
     first_screen = "\n".join((ROOT / "README.md").read_text().splitlines()[:20])
     setup = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && "
     assert f"    {setup}.venv/bin/accelerate launch recipes/pretrain.py\n" in first_screen
-    assert f"    {setup}.venv/bin/python -m pytest\n" in first_screen
-    assert f"{setup}.venv/bin/python -m pytest" in (ROOT / ".ci" / "run").read_text()
+    assert f"    {setup}.venv/bin/python -m pytest -n logical\n" in first_screen
+    assert f"{setup}.venv/bin/python -m pytest -n logical" in (ROOT / ".ci" / "run").read_text()
