@@ -24,8 +24,6 @@ from recipes.run_record import Metrics
 UPLOADER = Path(__file__).with_name("hub_upload.py")
 # Strategies that push the trainer's state too, so that another machine can go on, and where they put it.
 STATE_FOLDERS = {"checkpoint": LAST_CHECKPOINT, "all_checkpoints": "checkpoint-{step}"}
-
-
 # Options that say nothing of a run but where it lies.
 LOCAL = {"output_dir", "cache_dir", "resume_from_checkpoint"}
 

@@ -17,9 +17,11 @@ from recipes.errors import UserError
 from recipes.hub_access import (
     cached_checkpoint,
     check_access,
+    check_same_on_hub,
     fetch_checkpoint,
     is_reference,
     parse_reference,
+    step_of_checkpoint,
     step_revisions,
 )
 from recipes.hub_queue import hub_folder, pending, write_status
@@ -235,6 +237,30 @@ def test_it_is_an_error_before_the_first_push_and_a_note_after_it(hub, run, monk
     assert pending(run) == []
 
 
+def test_what_was_pushed_elsewhere_is_no_excuse(hub, run, monkeypatch):
+    hub_folder(run).mkdir(parents=True)
+    write_status(run, repo_id="writer/other", pushed={"step-4": "0" * 40})
+    down(hub, monkeypatch)
+    assert "does not answer" in refusal(run)
+
+
+def test_a_public_repository_is_none_that_shall_be_private(hub, run):
+    hub.add(MODEL)
+    assert "hub_private_repo" in refusal(run, private=True)
+    hub.repos[MODEL].private = True
+    assert check(run, private=True) == (MODEL, None)
+
+
+def test_the_run_of_the_repository_can_be_compared_again(hub, run):
+    """When it is known which text it is."""
+    theirs = record() | {"corpus_fingerprints": ["a"]}
+    hub.add(MODEL, {"run.json": json.dumps(theirs)})
+    found = check_access(MODEL, None, record(), run).record
+    assert found == theirs
+    with pytest.raises(UserError, match="corpus_fingerprints"):
+        check_same_on_hub(MODEL, record() | {"corpus_fingerprints": ["b"]}, found)
+
+
 def test_a_refusal_stays_an_error_where_the_run_has_pushed_before(hub, run, monkeypatch):
     hub_folder(run).mkdir(parents=True)
     write_status(run, repo_id=MODEL, pushed={"step-4": "0" * 40})
@@ -375,6 +401,35 @@ def test_the_newest_checkpoint_is_fetched_whole_with_the_metrics(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     fetch_checkpoint("resume_from_checkpoint", reference)
     assert cached_checkpoint("resume_from_checkpoint", reference) == found
+
+
+@pytest.mark.parametrize(
+    ("history", "revision", "expected"),
+    [
+        # Pushed a second time, each commit holds all of them.
+        (["checkpoint-12", "checkpoint-4 checkpoint-8 checkpoint-12"], "@step-4", 4),
+        (["last-checkpoint:4", "checkpoint-8"], "", 8),
+        (["checkpoint-4", "last-checkpoint:8"], "", 8),
+        (["last-checkpoint:4", "checkpoint-8"], "@step-8", 8),
+        (["last-checkpoint:4"], "@step-12", None),
+        (["last-checkpoint:4"], "@step-4", 4),
+    ],
+)
+def test_a_revision_stands_for_its_own_step(hub, history, revision, expected):
+    repo = hub.add(MODEL, {"model.safetensors": "weights", "metrics.jsonl": ""})
+    for folders in history:
+        for folder in folders.split():
+            name, _, step = folder.partition(":")
+            repo.write(inside(name, state(int(step or name.split("-")[1]))))
+    if revision:
+        repo.tags[revision[1:]] = repo.at().sha
+    name = f"hub:{MODEL}{revision}"
+    if expected is None:
+        with pytest.raises(UserError, match="no trainer's state of that step"):
+            fetch_checkpoint("resume_from_checkpoint", name)
+        return
+    assert fetch_checkpoint("resume_from_checkpoint", name) is None
+    assert step_of_checkpoint(cached_checkpoint("resume_from_checkpoint", name)) == expected
 
 
 def test_a_newer_push_is_fetched(with_states):

@@ -24,7 +24,7 @@ from huggingface_hub import constants
 from recipes import hub_upload
 from recipes.checkpointing import MARKER
 from recipes.hub_queue import Entry, only_pusher, pending, read_status
-from recipes.hub_session import timeout
+from recipes.hub_session import asked_to_wait, timeout
 from recipes.hub_upload import push_pending, words
 from recipes.publishing import queue_checkpoint
 from tests.hub_server import TOKEN, Token
@@ -356,6 +356,45 @@ def test_a_server_that_is_down_is_no_crash(hub, run, push):
     hub.start()
     assert push()[0]
     check_pushed_once(hub, run)
+
+
+def test_a_card_that_the_hub_does_not_take_is_final(hub, run, push, clock):
+    queue(run, 4)
+    hub.fail(YAML, None, 400)
+    done, said = push(patient=True)
+    assert not done and len(said) == 1 and clock.naps == [] and "Invalid metadata" in said[0]
+
+
+def test_another_repository_is_made_and_its_pushes_are_counted_anew(hub, run, push):
+    queue(run, 4)
+    assert push()[0]
+    queue(run, 8, repo_id="lab/other", private=True)
+    assert push()[0]
+    assert hub.repos["lab/other"].private and pushes(hub, "lab/other") == ["Step 8"]
+    assert list(read_status(run).pushed) == ["step-8"] and read_status(run).repo_id == "lab/other"
+
+
+def test_what_shall_be_private_is_not_pushed_to_a_public_repository(hub, run, push, clock):
+    hub.add(MODEL)
+    queue(run, 4, private=True)
+    done, (line,) = push(patient=True)
+    assert not done and f"{MODEL} is public" in line and clock.naps == [] and pushes(hub) == []
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"ratelimit": '"api";r=0;t=55'}, 55),
+        ({"ratelimit": '"api";r=3;t=55'}, 0),
+        ({"Retry-After": "30"}, 30),
+        ({"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}, 0),
+        ({}, 0),
+    ],
+)
+def test_the_server_may_say_when_to_come_back(headers, seconds):
+    error = ValueError()
+    error.response = SimpleNamespace(headers=headers)
+    assert asked_to_wait(error) == seconds and asked_to_wait(ValueError()) == 0
 
 
 # --- Beside a run -----------------------------------------------------------------------------------
