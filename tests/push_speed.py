@@ -2,7 +2,7 @@
 
     python -m tests.push_speed [--rounds 5]
 
-The default model, 200 updates of 2,048 tokens, a checkpoint every 20, pushed as often to a Hub on this
+The default model, 120 updates of 2,048 tokens, a checkpoint every 20, pushed as often to a Hub on this
 machine, more than any real run does. Tokens a second are the median of the training lines after the first
 checkpoint; ratios are to the run without pushing in the same round.
 """
@@ -20,7 +20,7 @@ from tests.conftest import ROOT
 from tests.hub_server import TOKEN, Hub
 
 OPTIONS = {
-    "max_steps": 200, "save_steps": 20, "logging_steps": 20, "eval_steps": 200, "max_eval_samples": 16,
+    "max_steps": 120, "save_steps": 20, "logging_steps": 20, "eval_steps": 120, "max_eval_samples": 16,
     "save_total_limit": 2, "hub_min_interval": 0, "hub_exit_timeout": 5, "hub_strategy": "checkpoint",
 }  # fmt: skip
 ARMS = {"no pushing": None, "pushing": "", "a Hub that hangs": "PUT"}

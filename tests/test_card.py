@@ -7,8 +7,11 @@ import yaml
 from huggingface_hub import ModelCard
 
 from glue_eval.card import update_card
+from recipes.command_line import build_arguments
 from recipes.errors import UserError
-from recipes.model_card import write_model_card
+from recipes.model_card import model_card
+from recipes.run_record import describe_run
+from recipes.stages import build_stages
 
 FOREIGN = """\
 ---
@@ -200,15 +203,21 @@ def test_undefined_values_are_dashes_and_not_in_the_metadata(tmp_path):
 
 
 def test_the_card_of_a_run_keeps_its_table(tmp_path):
-    config = {"norm_placement": "pre", "norm_type": "layer_norm"}
-    record = {"model_config": config, "unigram_cross_entropy": 7.0, "mask_fingerprint": "f00"}
+    args = build_arguments({})
+    facts = {
+        "model_config": {"norm_placement": "pre"},
+        "unigram_cross_entropy": 7.0,
+        "mask_fingerprint": "f00",
+    }
+    record = describe_run(args, build_stages(args), 1, **facts, corpus_fingerprints=["a1b2"])
     results = {"step": 12, "tokens_seen": 100, "validation_loss": 6.5, "validation_accuracy": 0.1}
-    write_model_card(tmp_path, record, results)
+    (tmp_path / "README.md").write_text(model_card("mine", record, results, has_figure=False))
     before = ModelCard.load(tmp_path / "README.md")
     after = ModelCard.load(update_card(tmp_path, [entry()]))
     assert after.text.startswith(before.text.rstrip())
     assert after.data.tags == before.data.tags and after.data.pipeline_tag == "fill-mask"
-    assert after.data.model_name == tmp_path.name
+    assert after.data.model_name == "mine"
+    assert after.data.eval_results[:2] == before.data.eval_results and len(after.data.eval_results) > 2
 
 
 def test_line_endings_stay(tmp_path):
