@@ -322,6 +322,8 @@ def _check_together(args: PretrainingArguments) -> None:
         raise UserError(f"mask_replace_prob + random_replace_prob {total}: must be at most 1")
     if args.warmup_steps >= args.max_steps and args.warmup_steps > 0:
         raise UserError(f"warmup_steps {args.warmup_steps}: must be less than max_steps {args.max_steps}")
+    if args.hub_model_id and not args.push_to_hub:
+        raise UserError(f"hub_model_id {args.hub_model_id}: nothing is pushed without push_to_hub; add it")
     for name in NOT_WITH_TOKEN_STORE if args.token_store else ():
         if getattr(args, name) != PretrainingArguments.__dataclass_fields__[name].default:
             raise UserError(f"{name} {getattr(args, name)}: not together with token_store; give one")

@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import constants
 from transformers import PreTrainedModel
 
 from recipes.budget import ASSUMED_MFU, total_flops
 from recipes.diagnosis import CAUSES
 from recipes.hub_queue import hub_folder, pending, push_command
+from recipes.hub_session import without_secrets
 from recipes.stages import remaining_tokens
 
 if TYPE_CHECKING:
@@ -50,11 +52,9 @@ def cost_screen(run: "Run", threads: str) -> list[str]:
 def _hub(run: "Run") -> list[str]:
     if run.publisher is None:
         return []
-    a = run.args
-    return [
-        f"hub         {run.publisher.repo_id}, hub_strategy {a.hub_strategy}, at most every "
-        f"{a.hub_min_interval:g} s, in the background"
-    ]
+    address = f"{without_secrets(constants.ENDPOINT)}/{run.publisher.repo_id}"
+    how = f"hub_strategy {run.args.hub_strategy}, at most every {run.args.hub_min_interval:g} s"
+    return [f"hub         {address}, {how}, in the background"]
 
 
 def _notes(norm_placement: str | None, warmup_steps: int) -> list[str]:

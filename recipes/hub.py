@@ -29,6 +29,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils import disable_progress_bars
+
 from recipes.arguments import CHECKS, HubArguments, check_value
 from recipes.checkpointing import checkpoint_folders, is_complete, step_of
 from recipes.command_line import Parser, add_option, convert, options_of, refuse_unknown
@@ -114,6 +116,8 @@ def _push(run: Path, only_pending: bool, given: dict[str, Any]) -> int:
         print(f"{run}: nothing waits to be pushed")
         return 0
     set_timeout(SILENCE)
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     return 0 if push_pending(run, partial(print, flush=True), TRIES) else 1
 
 

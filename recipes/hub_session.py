@@ -1,6 +1,7 @@
 """How to talk to the Hub: no request that waits for ever, and errors that tell no secret."""
 
 import re
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -78,7 +79,7 @@ def words(error: BaseException) -> str:
     """An error in one line, without a token, and without the parts of addresses that may hold secrets."""
     response = getattr(error, "response", None)
     text = without_secrets(" ".join(str(error).split()) or type(error).__name__)
-    text = text.split(" For more information check:")[0][:300]
+    text = textwrap.shorten(text.split(" For more information check:")[0], 300, placeholder=" ...")
     cause = f" ({words(error.__cause__)})" if isinstance(error, RuntimeError) and error.__cause__ else ""
     status = "" if response is None or str(response.status_code) in text else f"{response.status_code} "
     return f"{status}{text}{cause}"

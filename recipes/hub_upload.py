@@ -17,7 +17,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_session
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import build_hf_headers, disable_progress_bars, hf_raise_for_status
 from huggingface_hub.utils import logging as hub_logging
 
@@ -95,7 +95,9 @@ def _attempt(run: Path, folder: Path, say: Say) -> Exception | None:
         is_first = repo_id != status.repo_id
         commit = _push(repo_id, entry, folder / "files", is_first)
     except Exception as error:  # whatever an upload raises must not end the loop
-        write_status(run, error=words(error))
+        # One that is gone is made anew by the next command.
+        known = None if isinstance(error, RepositoryNotFoundError) else status.repo_id
+        write_status(run, repo_id=known, error=words(error))
         return error
     pushed = ({} if is_first else status.pushed or {}) | {entry.name: commit}
     write_status(run, repo_id=repo_id, pushed=pushed, pushed_at=time.time(), error=None)

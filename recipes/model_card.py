@@ -113,7 +113,7 @@ def _metadata(name: str, record: dict[str, Any], results: dict[str, Any]) -> Mod
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="fill-mask",
-        tags=["bert", "bert-ln", record["model_config"]["norm_placement"]],
+        tags=["bert", "bert-ln", f"norm-placement-{record['model_config']['norm_placement']}"],
         datasets=datasets or None,
         model_name=name,
         eval_results=_eval_results(record, results, datasets) or None,

@@ -21,6 +21,7 @@ from recipes.budget import peak_of
 from recipes.checkpointing import (
     TrainState,
     find_checkpoint,
+    is_complete,
     load_checkpoint,
     prune,
     save_checkpoint,
@@ -38,6 +39,7 @@ from recipes.hub_access import (
     is_reference,
     step_of_checkpoint,
 )
+from recipes.hub_queue import read_status
 from recipes.launch import check_num_processes, choose_precision, describe_hardware, set_threads
 from recipes.loss_figure import FIGURE, draw_loss
 from recipes.masking import Masker
@@ -155,7 +157,10 @@ class Run:
             wanted = args.hub_model_id or default_repository(self.output_dir)
             access = check_access(wanted, args.hub_private_repo, self.record, self.output_dir)
             self.publisher, self.on_hub = Publisher(args, access.repo_id), access.record
-            self.print(*([f"{'hub':<12}{access.note}"] if access.note else []))
+            note = access.note
+            if access.record and read_status(self.output_dir).repo_id != access.repo_id:
+                note = f"{access.repo_id} holds this run already: its revisions are replaced one by one"
+            self.print(*([f"{'hub':<12}{note}"] if note else []))
 
     def _fetch(self, reference: str) -> None:
         """Bring a checkpoint from the Hub, which need not answer where there is one here already."""
@@ -319,6 +324,8 @@ class Run:
         if self.trainer.state.step == self.args.max_steps:
             # Stopped between its last checkpoint and its end: the line is written, the values are gone.
             self.last_values = self._validate()
+            if not is_complete(self.output_dir / f"checkpoint-{self.args.max_steps}"):
+                self._save(self.trainer.state)  # it came from elsewhere
         try:
             self.trainer.train()
         except NotFinite as error:

@@ -19,13 +19,11 @@ from recipes.arguments import PretrainingArguments
 from recipes.checkpointing import MARKER, step_of
 from recipes.hub_queue import LAST_CHECKPOINT, Entry, add_entry, pending, push_command
 from recipes.model_card import model_card
-from recipes.run_record import Metrics
+from recipes.run_record import Metrics, without_folders
 
 UPLOADER = Path(__file__).with_name("hub_upload.py")
 # Strategies that push the trainer's state too, so that another machine can go on, and where they put it.
 STATE_FOLDERS = {"checkpoint": LAST_CHECKPOINT, "all_checkpoints": "checkpoint-{step}"}
-# Options that say nothing of a run but where it lies.
-LOCAL = {"output_dir", "cache_dir", "resume_from_checkpoint"}
 
 
 @dataclass
@@ -123,8 +121,7 @@ def queue_checkpoint(entry: Entry, checkpoint: Path, results: dict[str, Any] | N
     else:
         card, record = (run / "README.md").read_text(encoding="utf-8"), record | {"results": results}
     # Where things lie on this machine is nobody else's business.
-    options = {name: value for name, value in record["options"].items() if name not in LOCAL}
-    record |= {"options": options}
+    record |= {"options": without_folders(record["options"])}
     texts = {
         "README.md": card,
         "metrics.jsonl": "".join(json.dumps(line) + "\n" for line in lines),

@@ -37,6 +37,9 @@ OPERATIONAL = {
     "save_total_limit",
     "stages",
 }
+# Options that say nothing of a run but where it lies, and those that name files.
+FOLDERS = {"output_dir", "cache_dir", "resume_from_checkpoint"}
+FILES = ("train_file", "validation_file", "token_store")
 # What identifies a run besides its options.
 FACTS = ("updates", "corpus_fingerprints", "tokenizer_fingerprint", "mask_fingerprint")
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
@@ -74,9 +77,21 @@ def differences(ours: dict[str, Any], other: dict[str, Any]) -> list[str]:
     ]
 
 
+def without_folders(options: dict[str, Any]) -> dict[str, Any]:
+    """Options without where their files lie, which is another place on another machine."""
+    options = {name: value for name, value in options.items() if name not in FOLDERS}
+    for name in FILES:
+        if isinstance(options.get(name), str):
+            options[name] = Path(options[name]).name
+    if options.get("corpora"):
+        options["corpora"] = [without_folders(corpus) for corpus in options["corpora"]]
+    return options
+
+
 def _identity(record: dict[str, Any]) -> dict[str, Any]:
-    """What a run is, in one flat table."""
-    options = {name: value for name, value in record["options"].items() if name not in OPERATIONAL}
+    """What a run is, in one flat table; what its files hold is told by the fingerprints."""
+    options = without_folders(record["options"])
+    options = {name: value for name, value in options.items() if name not in OPERATIONAL}
     return (
         options
         | model_settings(options.pop("model"))
