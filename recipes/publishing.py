@@ -18,6 +18,7 @@ from huggingface_hub import constants
 from recipes.arguments import PretrainingArguments
 from recipes.checkpointing import MARKER, step_of
 from recipes.hub_queue import LAST_CHECKPOINT, Entry, add_entry, pending, push_command
+from recipes.hub_session import words
 from recipes.model_card import model_card
 from recipes.run_record import Metrics, without_folders
 
@@ -96,7 +97,7 @@ class Publisher:
         try:
             action()
         except Exception as error:  # a disk that is full, a process that cannot start: the run goes on
-            print(f"not pushed: {type(error).__name__}: {error}", flush=True)
+            print(f"not pushed: {type(error).__name__}: {words(error)}", flush=True)
 
 
 def default_repository(run: Path) -> str:

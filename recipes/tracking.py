@@ -17,6 +17,7 @@ from accelerate import Accelerator
 
 from recipes.errors import UserError
 from recipes.files import write_json
+from recipes.hub_session import words
 from recipes.run_record import Metrics
 
 Line = dict[str, Any]
@@ -196,7 +197,7 @@ def _wandb_variable(setting: str) -> str:
 
 
 def _in_a_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return f"{type(error).__name__}: {words(error)}"
 
 
 def _flat(options: dict[str, Any]) -> dict[str, Any]:
