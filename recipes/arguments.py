@@ -5,6 +5,7 @@ examples wherever these have the option.
 """
 
 import difflib
+import json
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -173,6 +174,15 @@ class RunArguments:
     resume_from_checkpoint: str | bool | None = None
     """Checkpoint to continue from: a folder, or hub:REPO[@REVISION]; without a value the newest complete one
     of output_dir."""
+    max_train_time: float | None = None
+    """Minutes after which the program saves a checkpoint and stops; the same command continues."""
+    nonfinite_update: str = "skip"
+    """What happens to an update whose loss or gradient is not finite: skip; rollback to the newest
+    checkpoint and go on with other data; stop."""
+    max_nonfinite_updates: int = 10
+    """So many such updates are borne in a run; at one more it has diverged."""
+    ddp_timeout: int = 1800
+    """Seconds after which a process that does not answer is given up, and the others stop."""
     report_to: str = "none"
     """Tracker through Accelerate: none, tensorboard, trackio or wandb."""
 
@@ -246,6 +256,9 @@ CHECKS: dict[str, Check] = {
     "save_total_limit": at_least(1),
     "max_eval_samples": at_least(1),
     "num_processes": at_least(1),
+    "max_train_time": at_least(0),
+    "max_nonfinite_updates": at_least(0),
+    "ddp_timeout": at_least(1),
     "seed": (lambda value: 0 <= value < 2**32, "must be at least 0 and less than 2**32"),
     "warmup_steps": at_least(0),
     "learning_rate": at_least(0),
@@ -267,6 +280,7 @@ CHECKS: dict[str, Check] = {
         "linear", "constant", "constant_with_warmup", "cosine", "inverse_sqrt", "warmup_stable_decay"
     ),
     "hub_strategy": _one_of("end", "every_save", "checkpoint", "all_checkpoints"),
+    "nonfinite_update": _one_of("skip", "rollback", "stop"),
     "report_to": _one_of("none", "tensorboard", "trackio", "wandb"),
     "attn_implementation": _one_of("eager", "sdpa", "flex_attention"),
 }
@@ -301,8 +315,18 @@ def check_arguments(args: PretrainingArguments) -> None:
             hint = f"allowed for {args.lr_scheduler_type}: {', '.join(allowed) or 'nothing'}"
             raise UserError(f"lr_scheduler_kwargs.{name}: {hint}")
         check_value(f"lr_scheduler_kwargs.{name}", value, allowed[name])
+    _check_plain(args)
     _check_together(args)
     model_config(args, vocab_size=args.vocab_size or BertLnConfig.vocab_size, pad_token_id=0)
+
+
+def _check_plain(args: PretrainingArguments) -> None:
+    """Refuse what run.json cannot hold: dates, bytes, numbers that are none, tables within themselves."""
+    for name, value in (vars(args) | args.model).items():
+        try:
+            json.dumps(value if name != "model" else None, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{name} {value!r}: {error}; give finite numbers, words, lists or tables") from None
 
 
 def check_value(name: str, value: Any, check: Check) -> None:

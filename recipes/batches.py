@@ -1,5 +1,6 @@
 """Masked batches: micro-batch m of update k on process r, by arithmetic from the token stores."""
 
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,6 +11,7 @@ from recipes.arguments import PretrainingArguments
 from recipes.masking import IGNORED, Masker
 from recipes.sampling import SampleOrder, Samples
 from recipes.stages import Stage, stage_at
+from recipes.stopping import SIGNALS
 from recipes.token_store import TokenStore
 
 Batch = dict[str, torch.Tensor]
@@ -60,6 +62,7 @@ class TrainingBatches(Dataset):
         self.reader = BlockReader(stores, "train", masker)
         self.stages, self.seed = stages, args.seed
         self.process_index, self.num_processes = process_index, num_processes
+        self.data_offset = 0
         self.orders = [self._order(stores, weights, stage) for stage in stages]
 
     def _order(self, stores: list[TokenStore], weights: list[float], stage: Stage) -> SampleOrder:
@@ -70,19 +73,30 @@ class TrainingBatches(Dataset):
         """Micro-batch `index[1]` of update `index[0]`."""
         step, micro = index
         stage = stage_at(self.stages, step)
-        positions = self._positions(stage, step - stage.first_step, micro)
-        samples = self.orders[stage.number](positions)
+        size = stage.per_device_train_batch_size
+        first = (micro * self.num_processes + self.process_index) * size
+        samples = self.samples(step, first, size)
         return self.reader(samples, stage.max_seq_length, self.seed, stage.number)
 
-    def _positions(self, stage: Stage, step: int, micro: int) -> np.ndarray:
-        """Which samples of the stage: the updates, micro-batches and processes lie one after the other."""
-        size = stage.per_device_train_batch_size
-        first = step * stage.global_batch_size(self.num_processes)
-        first += (micro * self.num_processes + self.process_index) * size
-        return np.arange(first, first + size, dtype=np.int64)
+    def samples(self, step: int, first: int = 0, size: int | None = None) -> Samples:
+        """Samples of update `step` (from 0): `size` of them from `first` on; None: those of all processes.
 
-    def updates(self, first_step: int, last_step: int, num_workers: int) -> Iterator[list[Batch]]:
-        """The micro-batches of each update from `first_step` up to, not including, `last_step`."""
+        The updates, micro-batches and processes lie one after the other.
+        """
+        stage = stage_at(self.stages, step)
+        batch = stage.global_batch_size(self.num_processes)
+        first += (step - stage.first_step + self.data_offset) * batch
+        size = batch if size is None else size
+        return self.orders[stage.number](np.arange(first, first + size, dtype=np.int64))
+
+    def updates(
+        self, first_step: int, last_step: int, num_workers: int, data_offset: int = 0
+    ) -> Iterator[list[Batch]]:
+        """The micro-batches of each update from `first_step` up to, not including, `last_step`.
+
+        They are those of the update `data_offset` further on.
+        """
+        self.data_offset = data_offset
         loader = DataLoader(
             self,
             batch_size=None,
@@ -91,6 +105,7 @@ class TrainingBatches(Dataset):
             pin_memory=torch.cuda.is_available(),
             # The loader draws a base seed; from a generator of its own it leaves dropout's alone.
             generator=torch.Generator(),
+            worker_init_fn=_ignore_signals,
         )
         batches = iter(loader)
         for step in range(first_step, last_step):
@@ -102,6 +117,12 @@ def _schedule(stages: list[Stage], first_step: int, last_step: int) -> Iterator[
     for step in range(first_step, last_step):
         for micro in range(stage_at(stages, step).gradient_accumulation_steps):
             yield step, micro
+
+
+def _ignore_signals(worker: int) -> None:
+    """Schedulers signal every process: a worker serves until the training process has let it go."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def masked_tokens(batches: list[Batch]) -> int:

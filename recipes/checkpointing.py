@@ -8,6 +8,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import torch
 from safetensors.torch import load_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from recipes.errors import UserError
+from recipes.errors import Failure, UserError
 from recipes.files import sync, sync_tree, write_json
 
 FORMAT = 1
@@ -38,8 +40,12 @@ class TrainState:
     """Wall time so far, over all sessions of the run."""
     window_loss: float = 0.0
     """Summed loss since the last training line."""
-    window_masked_tokens: float = 0.0
+    window_masked_tokens: int = 0
     """Masked tokens since the last training line."""
+    data_offset: int = 0
+    """Updates whose data has been passed over, after roll-backs."""
+    nonfinite_updates: int = 0
+    """Updates whose loss or gradient was not finite."""
 
 
 def save_checkpoint(
@@ -53,34 +59,69 @@ def save_checkpoint(
     """Write `output_dir/checkpoint-STEP`, which exists afterwards whole, or not at all.
 
     `record` is the run's description (run.json), kept so that resuming can compare.
+
+    Raises:
+        NotWritten: The disk is full, or something else is wrong with it; nothing is left of the attempt.
     """
     final = output_dir / f"checkpoint-{state.step}"
     aside = output_dir / f".{final.name}.partial"
-    for leftover in output_dir.glob(".checkpoint-*"):
-        shutil.rmtree(leftover)
-    write_model(aside, model, tokenizer)
-    trainer = aside / "trainer"
-    trainer.mkdir()
-    torch.save(optimizer.state_dict(), trainer / "optimizer.pt")
-    write_json(trainer / "state.json", asdict(state))
-    write_json(trainer / "run.json", record)
-    marker = {"format": FORMAT, "step": state.step, "files": checksums(aside)}
-    sync_tree(aside)
-    write_json(aside / MARKER, marker)
-    sync(aside)
-    replaced = output_dir / f".{final.name}.replaced"
-    if final.exists():  # torn, or damaged and therefore not resumed from
-        os.replace(final, replaced)
-    os.replace(aside, final)
-    sync(output_dir)
+    with written_or_removed(aside):
+        for leftover in output_dir.glob(".checkpoint-*"):
+            shutil.rmtree(leftover)
+        write_model(aside, model, tokenizer)
+        trainer = aside / "trainer"
+        trainer.mkdir()
+        torch.save(optimizer.state_dict(), trainer / "optimizer.pt")
+        write_json(trainer / "state.json", asdict(state))
+        write_json(trainer / "run.json", record)
+        marker = {"format": FORMAT, "step": state.step, "files": checksums(aside)}
+        sync_tree(aside)
+        write_json(aside / MARKER, marker)
+        sync(aside)
+        replaced = output_dir / f".{final.name}.replaced"
+        if final.exists():  # torn, or damaged and therefore not resumed from
+            os.replace(final, replaced)
+        os.replace(aside, final)
+        sync(output_dir)
     shutil.rmtree(replaced, ignore_errors=True)
     return final
+
+
+class NotWritten(Failure):
+    """A folder could not be written, and is not there."""
+
+
+@contextmanager
+def written_or_removed(aside: Path | None = None) -> Iterator[None]:
+    """Raise NotWritten when writing fails; what is half-written goes: a full disk has no room for it."""
+    try:
+        yield
+    except Exception as error:  # writers in other languages have types of their own for a full disk
+        if aside:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise NotWritten(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def write_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Weights, configuration, code and tokenizer, as `from_pretrained` expects them."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def write_final_model(output_dir: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The model's files in `output_dir` itself, each of them whole or not there.
+
+    Raises:
+        NotWritten: As `save_checkpoint`.
+    """
+    aside = output_dir / ".final.partial"
+    with written_or_removed(aside):
+        shutil.rmtree(aside, ignore_errors=True)
+        write_model(aside, model, tokenizer)
+        sync_tree(aside)
+        for file in aside.iterdir():
+            os.replace(file, output_dir / file.name)
+        aside.rmdir()
 
 
 def load_checkpoint(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> TrainState:
@@ -147,11 +188,14 @@ def damage_of(folder: Path) -> str | None:
     try:
         marker = json.loads((folder / MARKER).read_text())
         expected, version = marker["files"], marker["format"]
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return f"damaged ({MARKER})"
     if version != FORMAT:
         return f"format {version}, and this program reads format {FORMAT}"
-    found = checksums(folder)
+    try:
+        found = checksums(folder)
+    except OSError as error:
+        return f"not readable ({error.strerror})"
     wrong = [name for name, checksum in expected.items() if found.get(name) != checksum]
     return f"damaged ({', '.join(wrong)})" if wrong else None
 

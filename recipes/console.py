@@ -82,6 +82,13 @@ def validation_line(step: int, values: dict[str, Any], unigram_cross_entropy: fl
     )
 
 
+def skipped_line(step: int, blocks: list[list[int]]) -> str:
+    """Which update was not made for want of a finite gradient, and on what it was."""
+    some = ", ".join(f"{block} of corpus {corpus}" for corpus, block, _ in blocks[:4])
+    more = f" and {len(blocks) - 4} more (metrics.jsonl)" if len(blocks) > 4 else ""
+    return f"step {step:>7,}  skipped: loss or gradient not finite, on blocks {some}{more}"
+
+
 def notice_line(step: int, diagnosis: str | None, before: str | None) -> str:
     """What the losses show since this validation, with its known causes."""
     if diagnosis is None:

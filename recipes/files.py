@@ -8,12 +8,30 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from recipes.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing keeps two runs apart
+    fcntl = None
+
+# The file by which a process keeps a folder for itself.
+LOCK = ".lock"
+# Errors of a disk that is full, broken, gone, or that one may not write to.
+STORAGE_ERRORS = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "EACCES", "EPERM", "ESTALE")
+    if hasattr(errno, name)
+}
 # Without a change for so long, a folder in the making has been given up.
 STALE_SECONDS = 3600.0
+
+
+def is_storage_error(error: OSError) -> bool:
+    """Whether an error is the disk's or its rights', and no mistake of the program's."""
+    return error.errno in STORAGE_ERRORS
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -52,6 +70,44 @@ def sync_tree(folder: Path) -> None:
     """Flush a folder and everything in it."""
     for path in [*folder.rglob("*"), folder]:
         sync(path)
+
+
+class FolderLock:
+    """Keeps other processes from working in a folder. It goes with its process, however that ends."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / LOCK
+        self._stream: TextIO | None = None
+
+    def acquire(self) -> None:
+        """Take the lock, unless it is taken; the folder must exist.
+
+        Raises:
+            UserError: Another process has it.
+        """
+        if self._stream or fcntl is None:
+            return
+        stream = self.file.open("a+", encoding="utf-8")
+        try:
+            # Not flock, which workers and other children would inherit and keep.
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                stream.seek(0)
+                owner = stream.read().strip() or "another process"
+                stream.close()
+                raise UserError(f"output_dir {self.file.parent}: {owner} is working in it") from None
+            # A file system without locks: better without than never.
+        self._stream = stream
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        stream.flush()
+
+    def release(self) -> None:
+        """Let others in, if it was taken."""
+        if self._stream:
+            self._stream.close()
+            self._stream = None
 
 
 def make_cache_dir(cache_dir: str) -> Path:

@@ -8,15 +8,20 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import psutil
 import torch
 import yaml
+from accelerate import Accelerator
 from accelerate.commands.config.config_args import default_config_file
+from torch import distributed
 
-from recipes.errors import UserError
+from recipes import PARENT
+from recipes.errors import Failure, UserError
 
 LAUNCHERS = (
     "accelerate",
@@ -25,6 +30,8 @@ LAUNCHERS = (
     "torchrun",
     "torch.distributed.run",
 )
+# What they leave in the environment of those that they start.
+MARKS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 
 
 def set_threads() -> str:
@@ -118,6 +125,37 @@ def usable_cores() -> int:
     return allowed if quota == "max" else max(1, min(allowed, int(quota) // int(period)))
 
 
+@contextmanager
+def lost_processes(accelerator: Accelerator) -> Iterator[None]:
+    """Tell in one line when another process is gone, or has not answered within `ddp_timeout`.
+
+    Raises:
+        Failure: So it is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # Of the back ends, gloo has no type of its own for its errors.
+        is_lost = isinstance(error, distributed.DistError) or "gloo" in str(error)
+        if accelerator.num_processes == 1 or not is_lost:
+            raise
+        raise Failure(
+            f"process {accelerator.process_index}: another process is gone or does not answer; the same "
+            f"command continues from the last checkpoint ({' '.join(str(error).split())})"
+        ) from error
+
+
+def launcher_is_gone() -> bool:
+    """Whether a launcher started this process and lives no more: nobody would end the process then."""
+    return os.getppid() != PARENT and _is_launched()
+
+
+@cache
+def _is_launched() -> bool:
+    # Where it was gone before it could be looked at, its environment still tells.
+    return _launcher() is not None or (os.getppid() != PARENT and any(mark in os.environ for mark in MARKS))
+
+
 def _threads_chosen_by_user() -> int | None:
     launcher = _launcher()
     if launcher is None:
@@ -153,7 +191,7 @@ def _configured_processes(file: str) -> str | None:
 def _launcher() -> tuple[list[str], dict[str, str]] | None:
     """Command words (up to the script) and environment of the launcher that started this process, if any."""
     try:
-        parent = psutil.Process(os.getppid())
+        parent = psutil.Process(PARENT)
         words, environment = parent.cmdline(), parent.environ()
     except psutil.Error:
         return None

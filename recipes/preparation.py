@@ -1,17 +1,20 @@
 """From options to token stores: the main process of a machine prepares, the others wait for its word."""
 
 import json
+import os
 import secrets
+import socket
 import time
 from dataclasses import dataclass
 
+import psutil
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from recipes.arguments import PretrainingArguments
 from recipes.corpus import open_corpora
-from recipes.errors import UserError
+from recipes.errors import Failure, UserError
 from recipes.files import make_cache_dir, write_json
 from recipes.stages import Stage, block_lengths, remaining_tokens
 from recipes.token_store import TokenStore, build_token_store
@@ -75,6 +78,7 @@ def _prepare_once(
     """The main process of each machine prepares; the others poll a file, in no collective that times out."""
     # Agreed on now, while nobody has to wait for long: a file of an earlier start has another name.
     (nonce,) = broadcast_object_list([secrets.token_hex(8)])
+    preparer = _preparer(accelerator)
     word = make_cache_dir(args.cache_dir) / f".prepared-{nonce}.json"
     if accelerator.is_local_main_process:
         try:
@@ -82,6 +86,8 @@ def _prepare_once(
         except UserError as error:
             write_json(word, {"error": str(error)})
     while not word.exists():
+        if not preparer.is_running() or preparer.status() == psutil.STATUS_ZOMBIE:
+            raise Failure("the process that prepared the data is gone; the same command starts again")
         time.sleep(0.2)
     prepared = json.loads(word.read_text())
     accelerator.wait_for_everyone()
@@ -90,3 +96,12 @@ def _prepare_once(
     if "error" in prepared:
         raise UserError(prepared["error"])
     return prepared
+
+
+def _preparer(accelerator: Accelerator) -> psutil.Process:
+    """The process of this machine that prepares."""
+    mine = [socket.gethostname(), accelerator.is_local_main_process, os.getpid()]
+    for host, prepares, pid in gather_object([mine]):
+        if prepares and host == mine[0]:
+            return psutil.Process(pid)
+    raise Failure(f"{mine[0]}: no process with LOCAL_RANK 0, which would prepare the data")

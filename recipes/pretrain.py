@@ -20,9 +20,10 @@ Two processes on CPU:
         --output_dir output/two
 
 Started again, it continues where it stopped, or says that it is finished. `--help` lists all options; each
-can stand in the YAML file too. Exit codes: 0 done, 2 a mistake in options, data or folders, 3 the
-loss became no number, 130 interrupted; `accelerate launch` turns each failure into 1 and adds a trace of its
-own after our line.
+can stand in the YAML file too. SIGTERM, SIGUSR1, SIGHUP and Ctrl-C save a checkpoint and stop, and so does
+--max_train_time. Exit codes: 0 done, or stopped as --max_train_time says; 1 the disk or a process failed; 2 a
+mistake in options, data or folders; 3 the loss became no number; 128 + n stopped by signal n (130, 143, 138,
+129). `accelerate launch` turns each failure into 1 and adds a trace of its own after our line.
 """
 
 import os
@@ -30,8 +31,10 @@ import sys
 
 from recipes.command_line import parse_arguments
 from recipes.diagnosis import Diverged
-from recipes.errors import UserError
+from recipes.errors import Failure, UserError
+from recipes.files import is_storage_error
 from recipes.pretraining import pretrain
+from recipes.stopping import Stopped
 
 
 def main() -> int:
@@ -39,17 +42,28 @@ def main() -> int:
     try:
         pretrain(parse_arguments())
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _say(f"error: {error}", 2)
+    except Failure as error:
+        print(f"error: {error}", file=sys.stderr)  # each process has its own
+        return 1
+    except OSError as error:
+        if not is_storage_error(error):
+            raise
+        print(f"error: {error}; mend it, and the same command continues", file=sys.stderr)
+        return 1
     except Diverged as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(error, file=sys.stderr)
-        return 3
+        return _say(str(error), 3)
+    except Stopped as error:
+        return _say(str(error), error.exit_code)
     except KeyboardInterrupt:
-        print("interrupted: the same command continues from the last checkpoint, if any", file=sys.stderr)
-        return 130
+        return _say("interrupted: the same command continues from the last checkpoint, if any", 130)
     return 0
+
+
+def _say(line: str, exit_code: int) -> int:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(line, file=sys.stderr)
+    return exit_code
 
 
 if __name__ == "__main__":

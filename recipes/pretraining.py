@@ -4,12 +4,19 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType, gather_object, set_seed
+from accelerate.utils import (
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+)
 from transformers import BertConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -19,6 +26,7 @@ from recipes.arguments import PretrainingArguments, model_config
 from recipes.batches import BlockReader, TrainingBatches
 from recipes.budget import peak_of
 from recipes.checkpointing import (
+    NotWritten,
     TrainState,
     find_checkpoint,
     is_complete,
@@ -26,11 +34,12 @@ from recipes.checkpointing import (
     prune,
     save_checkpoint,
     step_of,
-    write_model,
+    write_final_model,
+    written_or_removed,
 )
 from recipes.diagnosis import Diverged, diagnose, last_diagnosis
-from recipes.errors import UserError
-from recipes.files import write_json, write_text
+from recipes.errors import Failure, UserError
+from recipes.files import FolderLock, write_json, write_text
 from recipes.hub_access import (
     cached_checkpoint,
     check_access,
@@ -40,7 +49,13 @@ from recipes.hub_access import (
     step_of_checkpoint,
 )
 from recipes.hub_queue import read_status
-from recipes.launch import check_num_processes, choose_precision, describe_hardware, set_threads
+from recipes.launch import (
+    check_num_processes,
+    choose_precision,
+    describe_hardware,
+    lost_processes,
+    set_threads,
+)
 from recipes.loss_figure import FIGURE, draw_loss
 from recipes.masking import Masker
 from recipes.model_card import model_card
@@ -49,11 +64,14 @@ from recipes.preparation import prepare_data
 from recipes.publishing import Publisher, default_repository
 from recipes.run_record import Metrics, check_same_run, describe_run, differences
 from recipes.stages import Stage, block_lengths, build_stages, remaining_tokens
+from recipes.stopping import Stopped, StopRequest
 from recipes.token_store import unigram_cross_entropy
 from recipes.tracking import Tracker, check_tracker
 from recipes.training import NotFinite, Trainer
 from recipes.validation import Validation
 
+# Figures of the last validation among the results; None where the run diverged.
+RESULTS = ("validation_loss", "validation_accuracy", "below_unigram_cross_entropy")
 # What the loop was built for: every process holds the whole model.
 DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
@@ -64,22 +82,29 @@ def pretrain(args: PretrainingArguments) -> None:
     Raises:
         UserError: Anything that is wrong with the options, the data or the output folder.
         Diverged: The loss was no number; said so in run.json, and no final model is written.
+        Stopped: A signal or `max_train_time` ended it; a checkpoint is saved where training had begun.
+        Failure: The disk or another process does not do its work any more.
     """
     transformers_logging.disable_progress_bar()  # a bar for each saved checkpoint
-    threads = set_threads()
-    accelerator = _build_accelerator(args)
-    check_num_processes(accelerator.num_processes, args.num_processes)
-    run = Run(args, accelerator, build_stages(args))
-    run.check_output_dir()
-    run.check_hub()
-    run.prepare()
-    if run.show_finished():
-        return
-    run.build()
-    run.resume()
-    run.say_cost(threads)
-    run.train()
-    run.finish()
+    stop = StopRequest(args.max_train_time)
+    with stop.watching():
+        threads = set_threads()
+        accelerator = _build_accelerator(args)
+        check_num_processes(accelerator.num_processes, args.num_processes)
+        run = Run(args, accelerator, build_stages(args), stop)
+        try:
+            run.check_output_dir()
+            run.check_hub()
+            run.prepare()
+            if run.show_finished():
+                return
+            run.build()
+            run.resume()
+            run.say_cost(threads)
+            run.train()
+            run.finish()
+        finally:
+            run.lock.release()
 
 
 def _build_accelerator(args: PretrainingArguments) -> Accelerator:
@@ -89,7 +114,10 @@ def _build_accelerator(args: PretrainingArguments) -> Accelerator:
         mixed_precision="no",
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=args.output_dir,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout)),
+        ],
     )
     kind = accelerator.distributed_type
     if kind not in DISTRIBUTED:
@@ -110,10 +138,12 @@ class Run:
     args: PretrainingArguments
     accelerator: Accelerator
     stages: list[Stage]
+    stop: StopRequest
     record: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.output_dir = Path(self.args.output_dir)
+        self.lock = FolderLock(self.output_dir)
         self.metrics = Metrics(self.output_dir / "metrics.jsonl")
         self.tracker = Tracker(self.args.report_to, self.accelerator, self.output_dir)
         self.publisher: Publisher | None = None  # on the main process of a run that is pushed
@@ -132,6 +162,13 @@ class Run:
         """Refuse a folder of another run before any work is done for this one."""
         self.record = describe_run(self.args, self.stages, self.accelerator.num_processes)
         self.found = check_same_run(self.output_dir, self.record)
+        if self.found and "results" not in self.found:
+            self._together(self._lock)
+
+    def _lock(self) -> None:
+        """Keep other runs out of the folder, which must exist."""
+        if self.accelerator.is_main_process:
+            self.lock.acquire()
 
     def check_hub(self) -> None:
         """Ask the Hub what the run needs of it, before any work is done; a main process does."""
@@ -266,10 +303,14 @@ class Run:
             report=self._report,
             evaluate=self._evaluate,
             save=self._save,
+            report_skipped=self._report_skipped,
+            stop=self.stop,
         )
+        self.stop.connect(accelerator)
 
     def resume(self) -> None:
         """Put the newest complete checkpoint in place, if there is one."""
+        self._together(self._make_output_dir)
         requested = self.args.resume_from_checkpoint
         if is_reference(requested):
             requested = self._newer_of_hub(requested)
@@ -285,7 +326,6 @@ class Run:
         step = self.trainer.state.step
         _check_agreement(step, "processes found different checkpoints; share output_dir")
         if self.accelerator.is_main_process:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
             write_json(self.output_dir / "run.json", self.record)
             if folder is not None and folder.parent != self.output_dir:
                 self.metrics.continue_from(folder.parent / "metrics.jsonl", step)
@@ -294,6 +334,13 @@ class Run:
             if self.publisher:
                 self.publisher.resume()
         self.tracker.start(self.args.to_dict(), self.metrics, step)
+
+    def _make_output_dir(self) -> None:
+        """Take the folder, unless another run has taken it since it was looked at."""
+        if self.accelerator.is_main_process:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            self.lock.acquire()
+            check_same_run(self.output_dir, self.record)
 
     def _newer_of_hub(self, reference: str) -> str | None:
         """The checkpoint from the Hub, or None where the folder has one that is as new."""
@@ -320,18 +367,71 @@ class Run:
     # ---------------------------------------------------------------- during training
 
     def train(self) -> None:
-        """The loop; the values of the last update are kept."""
-        if self.trainer.state.step == self.args.max_steps:
-            # Stopped between its last checkpoint and its end: the line is written, the values are gone.
-            self.last_values = self._validate()
-            if not is_complete(self.output_dir / f"checkpoint-{self.args.max_steps}"):
-                self._save(self.trainer.state)  # it came from elsewhere
-        try:
-            self.trainer.train()
-        except NotFinite as error:
-            self._end_diverged()
-            step = self.trainer.state.step
-            raise Diverged(console.diverged_line(self.output_dir, step)) from error
+        """The loop, until it has come to its end, has diverged, or is asked to stop."""
+        with self.stop.deferred(), lost_processes(self.accelerator):
+            while True:
+                try:
+                    self._train()
+                    break
+                except NotFinite as error:
+                    if not self._roll_back():
+                        self._end_diverged()
+                        step = self.trainer.state.step
+                        raise Diverged(console.diverged_line(self.output_dir, step)) from error
+            if self.stop.reason:
+                self._end_stopped()
+
+    def _train(self) -> None:
+        trainer = self.trainer
+        if self._owes_validation():
+            self._evaluate(trainer.state)
+        if trainer.state.step == self.args.max_steps and not self.stop.reason:
+            last = self.output_dir / f"checkpoint-{self.args.max_steps}"
+            if self.accelerator.is_main_process and not is_complete(last):
+                self._save(trainer.state)  # it came from elsewhere
+        if not self.stop.reason:
+            trainer.train()
+
+    def _owes_validation(self) -> bool:
+        """Whether the run was stopped after an update that is validated, before it was."""
+        step = self.trainer.state.step
+        measured = [line["step"] for line in self.metrics.lines() if "validation_loss" in line]
+        owes = step > 0 and self.trainer.is_due(self.args.eval_steps) and step not in measured
+        return broadcast_object_list([owes])[0]  # as the main process sees the file
+
+    def _roll_back(self) -> bool:
+        """Go back to the newest checkpoint and on with data not seen since; whether that is possible."""
+        args, state = self.args, self.trainer.state
+        folder, _ = find_checkpoint(self.output_dir, None)
+        _check_agreement(str(folder), "processes found different checkpoints; share output_dir")
+        too_many = state.nonfinite_updates > args.max_nonfinite_updates
+        if args.nonfinite_update != "rollback" or folder is None or too_many:
+            return False
+        earlier = load_checkpoint(folder, self.model, self.trainer.optimizer)
+        earlier.nonfinite_updates = state.nonfinite_updates
+        earlier.data_offset = state.data_offset + state.step - earlier.step
+        self.trainer.state = earlier
+        self.print(f"step {state.step:>7,}  not finite: going back to {folder}, and on with other data")
+        if self.accelerator.is_main_process:
+            self.metrics.cut_back(earlier.step)
+        line = {"step": earlier.step + 1, "rolled_back_from": state.step, "data_offset": earlier.data_offset}
+        self._record(line | {"nonfinite_updates": earlier.nonfinite_updates})
+        return True
+
+    def _report_skipped(self, steps: list[int]) -> None:
+        """Say and record which updates were not made, and on which blocks."""
+        for step in steps:
+            samples = self.trainer.batches.samples(step - 1)
+            ids = [samples.corpus.tolist(), samples.block.tolist(), samples.epoch.tolist()]
+            blocks = [list(sample) for sample in zip(*ids, strict=True)]
+            self.print(console.skipped_line(step, blocks))
+            self._record({"step": step, "skipped": "not finite", "corpus_block_epoch": blocks})
+
+    def _end_stopped(self) -> None:
+        """Leave after a checkpoint has been saved; what is not pushed yet stays queued."""
+        self.accelerator.wait_for_everyone()
+        self.tracker.finish()
+        raise Stopped(self.stop.reason, self.trainer.state.step)
 
     def _end_diverged(self) -> None:
         """Record that training ended without a number; the checkpoints before it stay."""
@@ -339,8 +439,8 @@ class Run:
             before, _ = last_diagnosis(self.metrics.lines())
             if before != "diverged":
                 self.metrics.append({"step": self.trainer.state.step, "diagnosis": "diverged"})
-            self.last_values = dict.fromkeys(("validation_loss", "validation_accuracy"))
-            write_json(self.output_dir / "run.json", self.record | {"results": self._results()})
+            results = self._results() | dict.fromkeys(RESULTS)
+            write_json(self.output_dir / "run.json", self.record | {"results": results})
         self._leave()
 
     def _report(self, line: dict[str, Any]) -> None:
@@ -350,7 +450,9 @@ class Run:
         self._record(line)
 
     def _evaluate(self, state: TrainState) -> None:
-        values = self.last_values = self._validate()
+        values = self._validate()
+        if values is None:  # asked to stop meanwhile
+            return
         self.print(console.validation_line(state.step, values, self.unigram_cross_entropy))
         below = self.unigram_cross_entropy - values["validation_loss"]
         self._record({"step": state.step, **values, "below_unigram_cross_entropy": below})
@@ -368,8 +470,9 @@ class Run:
             self.print(console.notice_line(step, now, before))
             self.metrics.append({"step": step, "diagnosis": now})
 
-    def _validate(self) -> dict[str, Any]:
-        return self.validation(self.model, self.accelerator, self.args.per_device_eval_batch_size)
+    def _validate(self) -> dict[str, Any] | None:
+        batch_size = self.args.per_device_eval_batch_size
+        return self.validation(self.model, self.accelerator, batch_size, cut_short=self.stop.is_urgent)
 
     def _record(self, line: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
@@ -377,15 +480,29 @@ class Run:
         self.tracker.log(line)
 
     def _save(self, state: TrainState) -> None:
-        if self.accelerator.is_main_process:
-            optimizer = self.trainer.optimizer
-            folder = save_checkpoint(
-                self.output_dir, state, self.model, self.data.tokenizer, optimizer, self.record
-            )
-            self.print(f"step {state.step:>7,}  saved {folder}")
-            if self.publisher:
-                self.publisher.save(folder)
+        if not self.accelerator.is_main_process:
+            return
+        try:
+            folder = self._write_checkpoint(state)
+        except NotWritten as error:
+            words = f"step {state.step:>7,}  {self.output_dir}: checkpoint not saved ({error})"
+            if state.step == self.args.max_steps or self.stop.reason:
+                raise Failure(f"{words}; mend it, and the same command continues") from error
+            self.print(f"{words}; training goes on, and the next one is tried")
+            return
+        self.print(f"step {state.step:>7,}  saved {folder}")
+        if self.publisher:
+            self.publisher.save(folder)
+        try:
             prune(self.output_dir, self.args.save_total_limit, newest=state.step)
+        except OSError as error:
+            self.print(f"step {state.step:>7,}  an old checkpoint cannot be deleted ({error})")
+
+    def _write_checkpoint(self, state: TrainState) -> Path:
+        optimizer, tokenizer = self.trainer.optimizer, self.data.tokenizer
+        with written_or_removed():
+            self.metrics.sync()  # a checkpoint never knows more than the file
+        return save_checkpoint(self.output_dir, state, self.model, tokenizer, optimizer, self.record)
 
     # ---------------------------------------------------------------- after training
 
@@ -393,7 +510,7 @@ class Run:
         """The final model in the folder itself, its card, the results, and what to do next."""
         if self.accelerator.is_main_process:
             results = self._results()
-            write_model(self.output_dir, self.model, self.data.tokenizer)
+            write_final_model(self.output_dir, self.model, self.data.tokenizer)
             has_figure = draw_loss(self.metrics.lines(), self.output_dir / FIGURE)
             name = self.publisher.repo_id if self.publisher else default_repository(self.output_dir)
             card = model_card(name.split("/")[-1], self.record, results, has_figure)
@@ -413,15 +530,16 @@ class Run:
             self.publisher.wait()
 
     def _results(self) -> dict[str, Any]:
-        loss = self.last_values["validation_loss"]
-        diagnosis, since = last_diagnosis(self.metrics.lines())
+        """What was measured last, and what it took."""
+        state, lines = self.trainer.state, self.metrics.lines()
+        validations = [line for line in lines if "validation_loss" in line]
+        diagnosis, since = last_diagnosis(lines)
         return {
-            "step": self.trainer.state.step,
-            "validation_loss": loss,
-            "validation_accuracy": self.last_values["validation_accuracy"],
-            "below_unigram_cross_entropy": None if loss is None else self.unigram_cross_entropy - loss,
-            "tokens_seen": self.trainer.state.tokens_seen,
-            "elapsed_seconds": self.trainer.state.elapsed_seconds,
+            "step": state.step,
+            **{name: validations[-1][name] if validations else None for name in RESULTS},
+            "tokens_seen": state.tokens_seen,
+            "elapsed_seconds": state.elapsed_seconds,
+            "nonfinite_updates": state.nonfinite_updates,
             "diagnosis": diagnosis,
             "diagnosis_step": since,
         }

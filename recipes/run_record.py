@@ -5,6 +5,7 @@ import math
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,23 @@ from bert_ln import BertLnConfig
 from bert_ln.placements import PLACEMENTS
 from recipes.arguments import MODEL_OPTIONS, HubArguments, PretrainingArguments
 from recipes.errors import UserError
-from recipes.files import is_aside, write_text
+from recipes.files import LOCK, is_aside, sync, write_text
 from recipes.stages import Stage
 
 # Options that change neither the weights nor the figures of a run, so that it may be continued with others.
-# Micro-batch, accumulation and processes count through their product, the global batch.
+# Micro-batch, accumulation and processes count through their product, the global batch. What is done about an
+# update that is not finite is written down where it is done.
 OPERATIONAL = {
     *HubArguments.__dataclass_fields__,
     "cache_dir",
     "dataloader_num_workers",
+    "ddp_timeout",
     "eval_steps",
     "gradient_accumulation_steps",
     "logging_steps",
+    "max_nonfinite_updates",
+    "max_train_time",
+    "nonfinite_update",
     "num_processes",
     "output_dir",
     "per_device_eval_batch_size",
@@ -127,8 +133,9 @@ def check_same_run(output_dir: Path, ours: dict[str, Any]) -> dict[str, Any] | N
     file = output_dir / "run.json"
     if not file.exists():
         check_writable(output_dir)
-        # A run that was killed while it began leaves a half-written run.json.
-        if output_dir.exists() and not all(is_aside(f, "run.json") for f in output_dir.iterdir()):
+        # A run that was killed while it began leaves its lock and a half-written run.json.
+        foreign = [f for f in _entries(output_dir) if f.name != LOCK and not is_aside(f, "run.json")]
+        if foreign:
             raise UserError(
                 f"output_dir {output_dir}: holds files but no run; choose an empty or a new folder"
             )
@@ -149,6 +156,10 @@ def check_same_run(output_dir: Path, ours: dict[str, Any]) -> dict[str, Any] | N
     return found
 
 
+def _entries(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.exists() else []
+
+
 def check_writable(folder: Path) -> None:
     """Raise UserError where an output folder cannot be written to or made."""
     existing = next(f for f in (folder, *folder.absolute().parents) if f.exists())
@@ -163,11 +174,22 @@ class Metrics:
         self.file = file
 
     def append(self, line: dict[str, Any]) -> None:
-        """Add a line and hand it to the operating system."""
+        """Add a line and hand it to the operating system; an OSError leaves the file as it was."""
         # JSON has no NaN and no infinity: a loss that is neither is null.
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        with self.file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line, allow_nan=False) + "\n")
+        size = self.file.stat().st_size if self.file.exists() else 0
+        try:
+            with self.file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line, allow_nan=False) + "\n")
+        except OSError:
+            with suppress(OSError):
+                os.truncate(self.file, size)
+            raise
+
+    def sync(self) -> None:
+        """Flush what has been written to the disk."""
+        if self.file.exists():
+            sync(self.file)
 
     def lines(self) -> list[dict[str, Any]]:
         """All lines; a last line that was cut short by a crash is left out.

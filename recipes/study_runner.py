@@ -21,6 +21,7 @@ from recipes.launch import usable_cores
 from recipes.preparation import prepare_stores
 from recipes.run_record import Metrics, check_same_run, describe_run
 from recipes.stages import build_stages, remaining_tokens
+from recipes.stopping import OWNER
 from recipes.study import Study
 
 PRETRAIN = Path(__file__).parent / "pretrain.py"
@@ -177,9 +178,10 @@ def _launcher(processes: int) -> list[str]:
 
 
 def _resources(place: int, parallel_runs: int, processes: int) -> dict[str, str]:
-    """Environment that gives a place its share of the cores and GPUs of its own."""
+    """Environment that gives a place its share of the cores and GPUs of its own, and says whose it is."""
     threads = max(1, usable_cores() // (parallel_runs * processes))
     shares = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
+    shares[OWNER] = str(os.getpid())
     if gpus := _gpus():
         shares["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[place * processes : (place + 1) * processes])
     return shares

@@ -1,6 +1,7 @@
 """The number that may be compared: validation loss on frozen masks."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +40,34 @@ class Validation:
         save_file(tensors, file, metadata={"mask_fingerprint": self.mask_fingerprint})
 
     @torch.inference_mode()
-    def __call__(self, model: PreTrainedModel, accelerator: Accelerator, batch_size: int) -> dict[str, Any]:
-        """Loss (nats) and accuracy over all masked tokens of all blocks.
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        accelerator: Accelerator,
+        batch_size: int,
+        cut_short: Callable[[], bool] = lambda: False,
+    ) -> dict[str, Any] | None:
+        """Loss (nats) and accuracy over all masked tokens of all blocks; None where it was cut short.
 
         Computed in float32 whatever training uses, and summed in float64, so that neither the batch size nor
-        the number of processes shows; nothing random is drawn, so training does not notice.
+        the number of processes shows; nothing random is drawn, so training does not notice. `cut_short` is
+        asked before each batch, and must say the same on all processes.
         """
         was_training = model.training
         model.eval()
         totals = torch.zeros(2, dtype=torch.float64)
-        stride = batch_size * accelerator.num_processes
-        for start in range(accelerator.process_index * batch_size, self.blocks, stride):
-            batch = {k: v[start : start + batch_size].to(accelerator.device) for k, v in self.batch.items()}
-            totals += _loss_and_hits(model, batch).cpu()
+        offset, stride = accelerator.process_index * batch_size, batch_size * accelerator.num_processes
+        is_cut = False
+        for start in range(0, self.blocks, stride):  # as many rounds on each process
+            if is_cut := cut_short():
+                break
+            mine = slice(start + offset, start + offset + batch_size)
+            batch = {name: tensor[mine].to(accelerator.device) for name, tensor in self.batch.items()}
+            if len(batch["labels"]):
+                totals += _loss_and_hits(model, batch).cpu()
         model.train(was_training)
+        if is_cut:
+            return None
         loss, hits = _sum_over_processes(totals, accelerator)
         return {
             "validation_loss": loss / self.masked_tokens,

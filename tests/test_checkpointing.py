@@ -11,6 +11,7 @@ from transformers import BertTokenizer
 from bert_ln import BertLnConfig, BertLnForMaskedLM
 from recipes import checkpointing
 from recipes.checkpointing import (
+    NotWritten,
     TrainState,
     damage_of,
     find_checkpoint,
@@ -129,8 +130,9 @@ def test_a_save_that_fails_leaves_the_last_one(save, tmp_path, monkeypatch, func
         owner, _, name = function.rpartition(".")
         target = {"torch": torch, "os": os, "": checkpointing}[owner]
         patch.setattr(target, name, fail)
-        with pytest.raises(OSError, match="no space"):
+        with pytest.raises(NotWritten, match="OSError: no space"):
             save(2)
+        assert not list(tmp_path.glob(".checkpoint*"))
     assert find_checkpoint(tmp_path, None) == (good, [])
     assert is_complete(save(2))
     assert not list(tmp_path.glob(".checkpoint*"))

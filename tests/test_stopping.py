@@ -1,0 +1,339 @@
+"""Ended early and lost nothing: signals, time limits, launchers and processes that die, one run a folder."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from recipes import validation
+from recipes.errors import UserError
+from recipes.files import FolderLock
+from recipes.pretraining import pretrain
+from recipes.stopping import OWNER, Stopped
+from recipes.training import Trainer
+from tests.conftest import ROOT, accelerate, metrics_of
+from tests.test_training import DROPOUT, digest
+
+# Lines every five updates: an interruption falls between two of them.
+OPTIONS = DROPOUT | {"logging_steps": 5, "max_steps": 12}
+# Long enough to be interrupted from outside, with lines that show how far it is.
+LONG = DROPOUT | {"logging_steps": 7, "max_steps": 120, "save_steps": 50, "eval_steps": 30}
+CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 138, "SIGHUP": 129}
+
+
+def signal_at(monkeypatch, step, name):
+    """Let a signal arrive in the middle of that update."""
+    update = Trainer._update
+
+    def receiving(self, micro_batches):
+        if self.state.step + 1 == step:
+            os.kill(os.getpid(), getattr(signal, name))
+        update(self, micro_batches)
+
+    monkeypatch.setattr(Trainer, "_update", receiving)
+
+
+@pytest.fixture
+def whole(tiny, tmp_path):
+    pretrain(tiny(output_dir=str(tmp_path / "whole"), **OPTIONS))
+    return tmp_path / "whole"
+
+
+def assert_equal(run, whole, last):
+    assert digest(run / f"checkpoint-{last}") == digest(whole / f"checkpoint-{last}")
+    assert (run / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert metrics_of(run) == metrics_of(whole)
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_a_signal_saves_the_update_that_runs(tiny, tmp_path, whole, monkeypatch, name, capsys):
+    handlers = signal.getsignal(getattr(signal, name))
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match=f"at update 7: {name}") as stopped:
+        signal_at(patch, 7, name)
+        pretrain(tiny(**OPTIONS))
+    assert stopped.value.exit_code == CODES[name]
+    assert signal.getsignal(getattr(signal, name)) is handlers
+    assert "step       7  saved" in capsys.readouterr().out
+    pretrain(tiny(**OPTIONS))
+    assert_equal(tmp_path / "run", whole, 12)
+
+
+@pytest.mark.parametrize("step", [4, 5, 12])
+def test_a_signal_where_something_else_is_due(tiny, tmp_path, whole, monkeypatch, step):
+    """At 4 a validation is due, which is made up for; at 5 a line; 12 is the last update."""
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        signal_at(patch, step, "SIGTERM")
+        pretrain(tiny(**OPTIONS))
+    assert not [line for line in metrics_of(tmp_path / "run", "validation_loss") if line["step"] == step]
+    pretrain(tiny(**OPTIONS))
+    assert_equal(tmp_path / "run", whole, 12)
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_validation_is_cut_short(tiny, tmp_path, whole, monkeypatch, at):
+    loss_and_hits, calls = validation._loss_and_hits, []
+
+    def receiving(*words):
+        calls.append(1)
+        if len(calls) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss_and_hits(*words)
+
+    options = OPTIONS | {"per_device_eval_batch_size": 8}
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(validation, "_loss_and_hits", receiving)
+        pretrain(tiny(**options))
+    assert len(calls) == at
+    assert (tmp_path / "run" / "checkpoint-4").exists()
+    pretrain(tiny(**options))
+    assert_equal(tmp_path / "run", whole, 12)
+
+
+def test_a_time_limit_of_one_update_at_a_time(tiny, tmp_path, whole):
+    for step in range(1, 13):
+        with pytest.raises(Stopped, match=f"at update {step}: max_train_time is over") as stopped:
+            pretrain(tiny(max_train_time=1e-6, **OPTIONS))
+        assert stopped.value.exit_code == 0
+    pretrain(tiny(**OPTIONS))
+    assert_equal(tmp_path / "run", whole, 12)
+
+
+def test_before_training_a_signal_ends_the_program_at_once(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("recipes.pretraining.prepare_data", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped, match="before the first update: SIGTERM"):
+        pretrain(tiny(**OPTIONS))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_parent_has_switched_off_stays_off(tiny, tmp_path, whole, monkeypatch):
+    """nohup ignores SIGHUP for its child; a shell ignores SIGINT for jobs in the background."""
+    before = {name: signal.signal(getattr(signal, name), signal.SIG_IGN) for name in ("SIGHUP", "SIGINT")}
+    try:
+        signal_at(monkeypatch, 3, "SIGHUP")
+        signal_at(monkeypatch, 5, "SIGINT")
+        pretrain(tiny(**OPTIONS))
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
+    assert_equal(tmp_path / "run", whole, 12)
+
+
+# --- Processes: each started as a user would, and hit from outside ------------------------------------
+
+
+@pytest.fixture(scope="module")
+def long_runs(launch, tmp_path_factory):
+    """Undisturbed runs of one and of two processes."""
+    folder = tmp_path_factory.mktemp("long")
+    for processes in (1, 2):
+        done = launch(processes=processes, output_dir=folder / str(processes), **LONG)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def wait_for(condition, process=None, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        assert process is None or process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def begin(launch):
+    """Starts a run, waits for its first line; returns its process and those that train."""
+    families = []
+
+    def start(folder, **options):
+        started = launch(wait=False, output_dir=folder, **LONG | options)
+        wait_for(lambda: (folder / "metrics.jsonl").exists() and metrics_of(folder), started)
+        family = [psutil.Process(started.pid), *psutil.Process(started.pid).children(recursive=True)]
+        families.extend(family)
+        return started, [p for p in family if is_trainer(p.cmdline())]
+
+    yield start
+    for process in families:
+        if process.is_running():
+            process.kill()
+
+
+def is_trainer(words):
+    return str(ROOT / "recipes" / "pretrain.py") in words and "launch" not in words
+
+
+def is_gone(process):
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def ends_equal(launch, folder, long_runs, processes):
+    again = launch(processes=processes, output_dir=folder, **LONG)
+    assert again.returncode == 0, again.stderr
+    assert "Continuing from" in again.stdout
+    assert_equal(folder, long_runs / str(processes), 120)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
+def test_a_launcher_that_goes_takes_the_run_with_it(launch, begin, tmp_path, long_runs, name):
+    """`accelerate launch` does not forward SIGTERM, and leaves its child behind."""
+    folder = tmp_path / "run"
+    started, trainers = begin(folder, launcher=[accelerate(), "launch"])
+    assert len(trainers) == 1 and trainers[0].pid != started.pid
+    started.send_signal(getattr(signal, name))
+    wait_for(lambda: is_gone(trainers[0]))
+    _, err = started.communicate()
+    assert "the process that started it is gone; the same command continues" in err
+    ends_equal(launch, folder, long_runs, 1)
+
+
+@pytest.mark.parametrize("whom", ["the launcher", "one process", "both"])
+def test_two_processes_stop_at_the_same_update(launch, begin, tmp_path, long_runs, whom):
+    folder = tmp_path / "run"
+    started, trainers = begin(folder, processes=2)
+    assert len(trainers) == 2
+    hit = {"the launcher": [started], "one process": trainers[1:], "both": trainers}[whom]
+    for process in hit:
+        process.send_signal(signal.SIGTERM)
+    wait_for(lambda: all(map(is_gone, trainers)))
+    out, err = started.communicate()
+    assert err.count("SIGTERM; the same command continues") == 1, err
+    assert "saved" in out.splitlines()[-1]
+    ends_equal(launch, folder, long_runs, 2)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_dies_stops_the_other_with_a_line(launch, begin, tmp_path, long_runs, rank):
+    folder = tmp_path / "run"
+    started, trainers = begin(folder, processes=2)
+    wait_for(lambda: list(folder.glob("checkpoint-*")), started)
+    (victim,) = [p for p in trainers if p.environ()["RANK"] == str(rank)]
+    victim.kill()
+    wait_for(lambda: all(map(is_gone, trainers)))
+    _, err = started.communicate()
+    assert f"error: process {1 - rank}: another process is gone or does not answer" in err
+    ends_equal(launch, folder, long_runs, 2)
+
+
+def test_a_process_that_hangs_is_given_up(begin, tmp_path):
+    started, trainers = begin(tmp_path / "run", processes=2, ddp_timeout=5)
+    (silent,) = [p for p in trainers if p.environ()["RANK"] == "1"]
+    silent.suspend()
+    wait_for(lambda: any(map(is_gone, trainers)))
+    silent.resume()
+    _, err = started.communicate()
+    assert "error: process 0: another process is gone or does not answer" in err
+
+
+def test_the_waiting_process_notices_that_nobody_prepares(launch, tmp_path):
+    """One process tokenises while the other waits for its word, in no collective."""
+    environment = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}
+    environment |= {"MASTER_PORT": str(free_port()), "LOCAL_WORLD_SIZE": "2"}
+    corpus = tmp_path / "corpus.txt"
+    os.mkfifo(corpus)  # read, it gives nothing and does not end
+    options = {"train_file": corpus, "output_dir": tmp_path / "run", "cache_dir": tmp_path / "cache"}
+    ranks = [
+        launch(wait=False, env=environment | {"RANK": rank, "LOCAL_RANK": rank}, **options)
+        for rank in ("0", "1")
+    ]
+    wait_for(lambda: (tmp_path / "cache").exists(), ranks[0])
+    ranks[0].kill()
+    ranks[0].communicate()
+    _, err = ranks[1].communicate(timeout=120)
+    assert ranks[1].returncode == 1
+    assert "error: the process that prepared the data is gone" in err
+
+
+def free_port():
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_runs_of_a_study_end_with_it(begin, tmp_path):
+    """Killed, it can stop nobody: its runs look whether it is there."""
+    owner = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    started, _ = begin(tmp_path / "run", env={OWNER: str(owner.pid)})
+    owner.kill()
+    owner.wait()
+    _, err = started.communicate(timeout=120)
+    assert started.returncode == 143
+    assert "the process that started it is gone" in err
+    assert list((tmp_path / "run").glob("checkpoint-*"))
+
+
+# --- One run a folder ---------------------------------------------------------------------------------
+
+
+def test_a_second_run_is_refused_while_the_first_works(launch, begin, tmp_path, tiny):
+    folder = tmp_path / "run"
+    started, _ = begin(folder, max_steps=100_000)
+    second = launch(output_dir=folder, **LONG | {"max_steps": 100_000})
+    assert second.returncode == 2
+    assert f"error: output_dir {folder}: process {started.pid} on" in second.stderr
+    assert started.poll() is None
+    started.kill()
+    started.communicate()
+    # The lock has gone with its process.
+    done = launch(output_dir=folder, max_train_time=1e-6, **LONG | {"max_steps": 100_000})
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_lock_is_not_kept_by_the_children_of_its_process(tmp_path):
+    """Workers are forks, and may outlive a process that was killed by some seconds."""
+    code = f"""
+import os, sys, time
+from pathlib import Path
+from recipes.files import FolderLock
+lock = FolderLock(Path({str(tmp_path)!r}))
+lock.acquire()
+child = os.fork()
+if child == 0:
+    time.sleep(600)
+print(child, flush=True)
+os.kill(os.getpid(), 9)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    child = psutil.Process(int(done.stdout))
+    try:
+        lock = FolderLock(tmp_path)
+        lock.acquire()
+        lock.release()
+    finally:
+        child.kill()
+
+
+def test_a_folder_that_another_process_has_is_refused_by_name(tmp_path):
+    code = f"""
+import sys
+from pathlib import Path
+from recipes.files import FolderLock
+FolderLock(Path({str(tmp_path)!r})).acquire()
+print("locked", flush=True)
+sys.stdin.read()
+"""
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "locked\n"
+    with pytest.raises(
+        UserError, match=f"output_dir {tmp_path}: process {holder.pid} on .* is working in it"
+    ):
+        FolderLock(tmp_path).acquire()
+    holder.communicate("")
+    FolderLock(tmp_path).acquire()
+
+
+def test_the_state_is_plain(tiny, tmp_path, monkeypatch):
+    """What a checkpoint remembers between two lines is exact in JSON."""
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        signal_at(patch, 7, "SIGTERM")
+        pretrain(tiny(**OPTIONS))
+    state = json.loads((tmp_path / "run" / "checkpoint-7" / "trainer" / "state.json").read_text())
+    assert state["window_masked_tokens"] == 2 * 8 * round(0.15 * 30)
+    assert (state["window_loss"] * 2**20).is_integer()
