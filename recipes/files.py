@@ -73,7 +73,7 @@ def sync_tree(folder: Path) -> None:
 
 
 class FolderLock:
-    """Keeps other processes from working in a folder. It goes with its process, however that ends."""
+    """Keeps other processes from working in a folder, once acquired, until left or until the process ends."""
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / LOCK
@@ -103,8 +103,10 @@ class FolderLock:
         stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         stream.flush()
 
-    def release(self) -> None:
-        """Let others in, if it was taken."""
+    def __enter__(self) -> "FolderLock":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         if self._stream:
             self._stream.close()
             self._stream = None

@@ -92,7 +92,7 @@ def pretrain(args: PretrainingArguments) -> None:
         accelerator = _build_accelerator(args)
         check_num_processes(accelerator.num_processes, args.num_processes)
         run = Run(args, accelerator, build_stages(args), stop)
-        try:
+        with run.lock, lost_processes(accelerator):
             run.check_output_dir()
             run.check_hub()
             run.prepare()
@@ -103,8 +103,6 @@ def pretrain(args: PretrainingArguments) -> None:
             run.say_cost(threads)
             run.train()
             run.finish()
-        finally:
-            run.lock.release()
 
 
 def _build_accelerator(args: PretrainingArguments) -> Accelerator:
@@ -368,7 +366,7 @@ class Run:
 
     def train(self) -> None:
         """The loop, until it has come to its end, has diverged, or is asked to stop."""
-        with self.stop.deferred(), lost_processes(self.accelerator):
+        with self.stop.deferred():
             while True:
                 try:
                     self._train()
