@@ -329,7 +329,8 @@ def test_a_folder_that_another_process_has_is_refused_by_name(tmp_path):
 import sys
 from pathlib import Path
 from recipes.files import FolderLock
-FolderLock(Path({str(tmp_path)!r})).acquire()
+lock = FolderLock(Path({str(tmp_path)!r}))
+lock.acquire()
 print("locked", flush=True)
 sys.stdin.read()
 """
