@@ -95,6 +95,9 @@ class TrainingBatches(Dataset):
         """The micro-batches of each update from `first_step` up to, not including, `last_step`.
 
         They are those of the update `data_offset` further on.
+
+        Raises:
+            RuntimeError: A worker died ("DataLoader worker ...").
         """
         self.data_offset = data_offset
         loader = DataLoader(
@@ -109,7 +112,7 @@ class TrainingBatches(Dataset):
         )
         batches = iter(loader)
         for step in range(first_step, last_step):
-            yield [next(batches) for _ in range(stage_at(self.stages, step).gradient_accumulation_steps)]
+            yield [_next(batches) for _ in range(stage_at(self.stages, step).gradient_accumulation_steps)]
 
 
 def _schedule(stages: list[Stage], first_step: int, last_step: int) -> Iterator[tuple[int, int]]:
@@ -119,8 +122,15 @@ def _schedule(stages: list[Stage], first_step: int, last_step: int) -> Iterator[
             yield step, micro
 
 
+def _next(batches: Iterator[Batch]) -> Batch:
+    try:
+        return next(batches)
+    except (ConnectionError, EOFError, FileNotFoundError) as error:  # it died while it handed over a tensor
+        raise RuntimeError(f"DataLoader worker gone: {type(error).__name__}") from error
+
+
 def _ignore_signals(worker: int) -> None:
-    """Schedulers signal every process: a worker serves until the training process has let it go."""
+    """Some schedulers signal every process: a worker serves until the training process lets it go."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

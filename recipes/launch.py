@@ -127,7 +127,7 @@ def usable_cores() -> int:
 
 @contextmanager
 def lost_processes(accelerator: Accelerator) -> Iterator[None]:
-    """Tell in one line when another process is gone, or has not answered within `ddp_timeout`.
+    """Tell in one line when another process is gone, has not answered within `ddp_timeout`, or a worker is.
 
     Raises:
         Failure: So it is.
@@ -137,12 +137,14 @@ def lost_processes(accelerator: Accelerator) -> Iterator[None]:
     except RuntimeError as error:
         # Of the back ends, gloo has no type of its own for its errors.
         is_lost = isinstance(error, distributed.DistError) or "gloo" in str(error)
-        if accelerator.num_processes == 1 or not is_lost:
+        if "DataLoader worker" in str(error):  # noticed wherever the main thread is
+            what = "dataloader_num_workers: a worker is gone, perhaps for want of memory"
+        elif accelerator.num_processes > 1 and is_lost:
+            what = f"process {accelerator.process_index}: another process is gone or does not answer"
+        else:
             raise
-        raise Failure(
-            f"process {accelerator.process_index}: another process is gone or does not answer; the same "
-            f"command continues from the last checkpoint ({' '.join(str(error).split())})"
-        ) from error
+        reason = " ".join(str(error).split())
+        raise Failure(f"{what}; the same command continues from the last checkpoint ({reason})") from error
 
 
 def launcher_is_gone() -> bool:

@@ -28,6 +28,7 @@ mistake in options, data or folders; 3 the loss became no number; 128 + n stoppe
 
 import os
 import sys
+from typing import NoReturn
 
 from recipes.command_line import parse_arguments
 from recipes.diagnosis import Diverged
@@ -44,13 +45,11 @@ def main() -> int:
     except UserError as error:
         return _say(f"error: {error}", 2)
     except Failure as error:
-        print(f"error: {error}", file=sys.stderr)  # each process has its own
-        return 1
+        _fail(str(error))
     except OSError as error:
         if not is_storage_error(error):
             raise
-        print(f"error: {error}; mend it, and the same command continues", file=sys.stderr)
-        return 1
+        _fail(f"{error}; mend it, and the same command continues")
     except Diverged as error:
         return _say(str(error), 3)
     except Stopped as error:
@@ -58,6 +57,14 @@ def main() -> int:
     except KeyboardInterrupt:
         return _say("interrupted: the same command continues from the last checkpoint, if any", 130)
     return 0
+
+
+def _fail(line: str) -> NoReturn:
+    """End at once, on each process with its own line: an orderly end could wait for what is gone."""
+    print(f"error: {line}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _say(line: str, exit_code: int) -> int:

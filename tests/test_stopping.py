@@ -354,3 +354,14 @@ def test_the_state_is_plain(tiny, tmp_path, monkeypatch):
     state = json.loads((tmp_path / "run" / "checkpoint-7" / "trainer" / "state.json").read_text())
     assert state["window_masked_tokens"] == 2 * 8 * round(0.15 * 30)
     assert (state["window_loss"] * 2**20).is_integer()
+
+
+def test_a_worker_that_dies_is_one_line(begin, tmp_path):
+    started, _ = begin(tmp_path / "run", dataloader_num_workers=2, max_steps=100_000)
+    workers = [p for p in psutil.Process(started.pid).children() if is_trainer(p.cmdline())]
+    assert len(workers) == 2
+    workers[0].kill()
+    _, err = started.communicate(timeout=120)
+    assert started.returncode == 1
+    assert "error: dataloader_num_workers: a worker is gone" in err
+    assert "Traceback" not in err
