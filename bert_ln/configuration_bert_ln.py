@@ -209,6 +209,7 @@ class BertLnConfig(BertConfig):
         for name in POSITIVE:
             value = getattr(self, name)
             self._require(name, value is None or 0 < value < math.inf, "must be a number above 0")
+        self._require("initializer_range", self.initializer_range >= 0, "must be at least 0")
         self._require("ada_norm_k", 0 <= self.ada_norm_k < math.inf, "must be a number from 0")
         self._require("mix_ln_alpha", 0 <= self.mix_ln_alpha <= 1, "must be between 0 and 1")
         self._check_method()

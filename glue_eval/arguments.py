@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from glue_eval.tasks import Task, read_tasks
-from recipes.arguments import Check, at_least, check_value, nearest
+from recipes.arguments import Check, at_least, check_name, check_value, nearest
 from recipes.command_line import Parser, add_option, convert, options_of, read_yaml, refuse_unknown
 from recipes.errors import UserError
 
@@ -137,6 +137,8 @@ CHECKS: dict[str, Check] = {
     "max_seq_length": at_least(8),
     "parallel_runs": at_least(1),
 }
+# What names a file, a folder or something on the Hub.
+NAMES = ("model_name_or_path", "from_task_checkpoint", "data_dir", "output_dir", "cache_dir", "submission")
 OPTIONS = options_of(GlueArguments)
 
 
@@ -174,6 +176,8 @@ def build_glue_arguments(values: dict[str, Any]) -> GlueArguments:
     args = GlueArguments(**convert(values, OPTIONS))
     for name, check in CHECKS.items():
         check_value(name, getattr(args, name), check)
+    for name in NAMES:
+        check_name(name, getattr(args, name))
     args.settings()
     tasks = [task.name for task in args.tasks]
     if args.model_name_or_path and args.run_dir:
@@ -203,6 +207,8 @@ def _read_grid(grid: str | dict[str, Any] | None) -> dict[str, Any]:
     if isinstance(grid, str):
         table = read_yaml(_shipped(grid), "grid")
         grid = table.get("grid", table)  # a grid of its own, or that of a file of options
+    if not isinstance(grid or {}, dict):
+        raise UserError(f"grid {grid!r}: must be a table of option: values")
     names = [f.name for f in fields(Setting)]
     for name in grid or {}:
         if name not in names:

@@ -240,7 +240,7 @@ def _read_jsonl(path: Path, where: str, choose: Callable[[Collection[str]], list
         for line in path.read_bytes().splitlines():
             if line.strip():
                 rows.append(_json_object(line))
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise UserError(
             f"{where}: row {len(rows)}: {error}; one JSON object a line is needed: truncated?"
         ) from error

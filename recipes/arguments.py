@@ -236,16 +236,21 @@ def at_least(low: float) -> Check:
     return lambda value: low <= value < math.inf, f"must be at least {low}"
 
 
+def between(low: float, high: float) -> Check:
+    """The check of a number with both bounds."""
+    return lambda value: low <= value <= high, f"must be between {low} and {high}"
+
+
 def _one_of(*allowed: str) -> Check:
     return lambda value: value in allowed, f"allowed: {', '.join(allowed)}"
 
 
-_SHARE = lambda value: 0 <= value <= 1, "must be between 0 and 1"
+_SHARE = between(0, 1)
 _DECAY = lambda value: 0 <= value < 1, "must be at least 0 and less than 1"
 
 # What each option's value must satisfy, where it is not None; and how to say so.
 CHECKS: dict[str, Check] = {
-    "vocab_size": at_least(1),
+    "vocab_size": between(1, 10**8),
     "max_steps": at_least(1),
     "per_device_train_batch_size": at_least(1),
     "per_device_eval_batch_size": at_least(1),
@@ -267,7 +272,7 @@ CHECKS: dict[str, Check] = {
     "max_grad_norm": at_least(0),
     "hub_min_interval": at_least(0),
     "hub_exit_timeout": at_least(0),
-    "dataloader_num_workers": at_least(0),
+    "dataloader_num_workers": between(0, 1024),
     "mlm_probability": (lambda value: 0 < value < 1, "must be more than 0 and less than 1"),
     "mask_replace_prob": _SHARE,
     "random_replace_prob": _SHARE,
@@ -287,6 +292,18 @@ CHECKS: dict[str, Check] = {
 SCHEDULER_CHECKS: dict[str, dict[str, Check]] = {
     "warmup_stable_decay": {"num_decay_steps": at_least(1), "min_lr_ratio": _SHARE},
 }
+# What names a file, a folder or something on the Hub, and the most bytes of a name between two slashes.
+NAMES = (
+    "cache_dir",
+    "dataset_name",
+    "output_dir",
+    "resume_from_checkpoint",
+    "token_store",
+    "tokenizer_name",
+    "train_file",
+    "validation_file",
+)
+LONGEST_NAME = 255
 # A token store brings its text and its tokenizer.
 NOT_WITH_TOKEN_STORE = (
     "dataset_name",
@@ -316,8 +333,20 @@ def check_arguments(args: PretrainingArguments) -> None:
             raise UserError(f"lr_scheduler_kwargs.{name}: {hint}")
         check_value(f"lr_scheduler_kwargs.{name}", value, allowed[name])
     _check_plain(args)
+    for name in NAMES:
+        check_name(name, getattr(args, name))
     _check_together(args)
     model_config(args, vocab_size=args.vocab_size or BertLnConfig.vocab_size, pad_token_id=0)
+
+
+def check_name(name: str, value: Any) -> None:
+    """Raise UserError for what no file or folder can be called: nothing, for one, as of an empty variable."""
+    if isinstance(value, str):
+        longest = max(len(part.encode(errors="replace")) for part in value.split("/"))
+        if not value or "\0" in value or longest > LONGEST_NAME:
+            raise UserError(
+                f"{name} {value[:60]!r}: must be a name of 1 to {LONGEST_NAME} bytes, without NUL"
+            )
 
 
 def _check_plain(args: PretrainingArguments) -> None:
@@ -326,7 +355,9 @@ def _check_plain(args: PretrainingArguments) -> None:
         try:
             json.dumps(value if name != "model" else None, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise UserError(f"{name} {value!r}: {error}; give finite numbers, words, lists or tables") from None
+            raise UserError(
+                f"{name} {value!r}: {error}; give finite numbers, words, lists or tables"
+            ) from None
 
 
 def check_value(name: str, value: Any, check: Check) -> None:

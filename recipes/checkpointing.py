@@ -23,6 +23,9 @@ from recipes.files import sync, sync_tree, write_json
 
 FORMAT = 1
 MARKER = "complete.json"
+WEIGHTS, MOMENTS, STATE = "model.safetensors", "trainer/optimizer.pt", "trainer/state.json"
+# Without which nothing can go on.
+NEEDED = (WEIGHTS, MOMENTS, STATE, "trainer/run.json")
 
 
 @dataclass
@@ -127,12 +130,46 @@ def write_final_model(output_dir: Path, model: PreTrainedModel, tokenizer: PreTr
 def load_checkpoint(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> TrainState:
     """Put the checkpoint's weights and moments in place; returns its state. Executes nothing from it.
 
-    The checkpoint has been checked by `find_checkpoint`; a file that is not what it should be raises.
+    The checkpoint has been checked by `find_checkpoint`.
+
+    Raises:
+        UserError: A file is not what it should be, though its checksum is right.
     """
-    load_model(model, folder / "model.safetensors", strict=True)
-    moments = torch.load(folder / "trainer" / "optimizer.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(moments)
-    return TrainState(**json.loads((folder / "trainer" / "state.json").read_text()))
+    state = _read_state(folder)
+    with _reading(folder / WEIGHTS):
+        load_model(model, folder / WEIGHTS, strict=True)
+    with _reading(folder / MOMENTS):
+        moments = torch.load(folder / MOMENTS, map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(moments)
+        _check_moments(optimizer)
+    return state
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Turn whatever a reader says of a file into an error for people."""
+    try:
+        yield
+    except Exception as error:  # a pickle that would execute something, a damaged archive, another model's
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{file}: is not this run's, or damaged ({reason})") from error
+
+
+def _read_state(folder: Path) -> TrainState:
+    with _reading(folder / STATE):
+        state = TrainState(**json.loads((folder / STATE).read_text()))
+        for name, value in asdict(state).items():
+            if type(value) not in (int, float) or not value >= 0:
+                raise ValueError(f"{name} {value!r}")
+        return state
+
+
+def _check_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError where moments are not of their parameters' shape, which PyTorch does not look at."""
+    for parameter, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if value.ndim and value.shape != parameter.shape:
+                raise ValueError(f"{name} of shape {tuple(value.shape)} for {tuple(parameter.shape)}")
 
 
 def find_checkpoint(output_dir: Path, requested: str | bool | None) -> tuple[Path | None, list[str]]:
@@ -187,8 +224,8 @@ def damage_of(folder: Path) -> str | None:
         return f"incomplete (no {MARKER})"
     try:
         marker = json.loads((folder / MARKER).read_text())
-        expected, version = marker["files"], marker["format"]
-    except (OSError, ValueError, KeyError, TypeError):
+        expected, version, step = dict(marker["files"]), marker["format"], marker["step"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return f"damaged ({MARKER})"
     if version != FORMAT:
         return f"format {version}, and this program reads format {FORMAT}"
@@ -196,8 +233,19 @@ def damage_of(folder: Path) -> str | None:
         found = checksums(folder)
     except OSError as error:
         return f"not readable ({error.strerror})"
+    expected = dict.fromkeys(NEEDED) | expected
     wrong = [name for name, checksum in expected.items() if found.get(name) != checksum]
+    if not wrong and _step_in(folder) != step:  # the one thing that no checksum covers
+        wrong = [MARKER]
     return f"damaged ({', '.join(wrong)})" if wrong else None
+
+
+def _step_in(folder: Path) -> int | None:
+    """The step that the trainer's state says; None where it says none."""
+    try:
+        return _read_state(folder).step
+    except UserError:
+        return None
 
 
 def prune(output_dir: Path, save_total_limit: int | None, newest: int) -> None:

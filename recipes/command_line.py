@@ -119,14 +119,34 @@ def read_yaml(path: Path, option: str = "config") -> dict[str, Any]:
         UserError: There is no such file, or it holds no table.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise UserError(f"{option} {path}: no such file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, *NOT_YAML) as error:
         raise UserError(f"{option} {path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values or {}, dict):
+    values = {} if values is None else values
+    if not isinstance(values, dict):
         raise UserError(f"{option} {path}: must be a table of option: value")
-    return values or {}
+    return values
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only. A key that is there twice is refused: the first of its values would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The table of a node."""
+        found = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in found:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key.value} is there twice", problem_mark=key.start_mark
+                )
+            found.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+# Of a text that is no YAML: dates and numbers that there cannot be, and nesting without end, too.
+NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -247,8 +267,8 @@ def _read_word(value: str, members: tuple[Any, ...]) -> Any:
     if members[0] is str and value.lower() not in ("true", "false"):
         return value
     try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
+        return yaml.load(value, _Loader)
+    except NOT_YAML:
         return value
 
 

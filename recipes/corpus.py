@@ -14,6 +14,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import os
 import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator
@@ -429,7 +430,7 @@ def _local_source(data: DataArguments, option: str) -> Source:
 
 def _find_files(option: str, value: str | Path) -> list[Path]:
     """Files that a path, folder (recursive, hidden ones left out) or glob names, sorted."""
-    root = Path(value).expanduser()
+    root = Path(os.path.expanduser(value))  # which leaves the home of nobody as it is
     allowed = ", ".join(READERS)
     if root.is_dir():
         inside = (path.relative_to(root) for path in root.rglob("*"))
@@ -488,7 +489,7 @@ def _read_jsonl(path: Path, where: str, column: str, sample_by: str) -> Iterator
         place = f"{where}, line {number}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{place}: no valid JSON ({error}); one object a line is needed") from error
         if not isinstance(row, dict):
             raise UserError(f"{place}: a {type(row).__name__}; one JSON object a line is needed")
@@ -503,7 +504,12 @@ def _read_csv(path: Path, where: str, column: str, sample_by: str) -> Iterator[s
     try:
         _check_column(column, list(rows.fieldnames or ()), where)
         for row in rows:
-            yield _checked_text(row[column], f"{where}, line {rows.line_num}")
+            place = f"{where}, line {rows.line_num}"
+            if None in row:  # the rest of a text after a comma, say
+                raise UserError(
+                    f"{place}: more fields than columns; a text with a comma or a quote needs quotes"
+                )
+            yield _checked_text(row[column], place)
     except csv.Error as error:
         raise UserError(f"{where}, line {rows.line_num}: {error}; valid CSV is needed") from error
 

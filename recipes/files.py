@@ -108,6 +108,9 @@ class FolderLock:
 
     def __exit__(self, *exception: object) -> None:
         if self._stream:
+            if list(self.file.parent.iterdir()) == [self.file]:  # nothing came of it: nothing stays
+                self.file.unlink()
+                self.file.parent.rmdir()
             self._stream.close()
             self._stream = None
 

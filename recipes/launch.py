@@ -126,18 +126,21 @@ def usable_cores() -> int:
 
 
 @contextmanager
-def lost_processes(accelerator: Accelerator) -> Iterator[None]:
-    """Tell in one line when another process is gone, has not answered within `ddp_timeout`, or a worker is.
+def failures(accelerator: Accelerator) -> Iterator[None]:
+    """Tell in one line when memory is too small, or another process or worker is gone or does not answer.
 
     Raises:
         Failure: So it is.
     """
     try:
         yield
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
         # Of the back ends, gloo has no type of its own for its errors.
         is_lost = isinstance(error, distributed.DistError) or "gloo" in str(error)
-        if "DataLoader worker" in str(error):  # noticed wherever the main thread is
+        if _is_memory(error):
+            what = "out of memory: give a smaller per_device_train_batch_size with more "
+            what += "gradient_accumulation_steps, gradient_checkpointing, or a smaller model"
+        elif "DataLoader worker" in str(error):  # noticed wherever the main thread is
             what = "dataloader_num_workers: a worker is gone, perhaps for want of memory"
         elif accelerator.num_processes > 1 and is_lost:
             what = f"process {accelerator.process_index}: another process is gone or does not answer"
@@ -145,6 +148,12 @@ def lost_processes(accelerator: Accelerator) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())
         raise Failure(f"{what}; the same command continues from the last checkpoint ({reason})") from error
+
+
+def _is_memory(error: Exception) -> bool:
+    """Whether memory is too small, in the words of Python, NumPy, an accelerator or PyTorch on CPU."""
+    has_type = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return has_type or "allocate memory" in str(error) or "Storage size calculation overflowed" in str(error)
 
 
 def launcher_is_gone() -> bool:

@@ -76,7 +76,16 @@ class Masker:
         return int(np.rint(self.arguments.mlm_probability * (max_seq_length - 2)))
 
     def __call__(self, blocks: np.ndarray, *key: int | np.ndarray) -> MaskedBlocks:
-        """Mask `blocks` (int64 [n, L]); the parts of `key` are integers or int64 [n], one for each block."""
+        """Mask `blocks` (int64 [n, L]); the parts of `key` are integers or int64 [n], one for each block.
+
+        Raises:
+            UserError: The blocks hold an id that the tokenizer does not have.
+        """
+        if blocks.size and blocks.max() >= len(self.maskable):
+            raise UserError(
+                f"token store: holds id {blocks.max()}, and its tokenizer has {len(self.maskable)} entries; "
+                "damaged: delete its folder"
+            )
         key = tuple(np.broadcast_to(np.asarray(part), len(blocks))[:, None] for part in key)
         maskable = self.maskable[blocks]  # [n, L]
         units = self._units(blocks, maskable, key)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import psutil
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from recipes.arguments import PretrainingArguments
 from recipes.corpus import open_corpora
@@ -51,7 +51,7 @@ def prepare_data(args: PretrainingArguments, stages: list[Stage], accelerator: A
     else:
         prepared = _prepare_once(args, tokens, accelerator)
     stores = [TokenStore.open(folder) for folder in prepared["stores"]]
-    tokenizer = AutoTokenizer.from_pretrained(stores[0].path / "tokenizer")
+    tokenizer = stores[0].tokenizer()
     # Not a property of the store, which serves every length.
     tokenizer.model_max_length = max(block_lengths(args, stages))
     return PreparedData(tokenizer, stores, prepared["weights"])

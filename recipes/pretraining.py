@@ -53,7 +53,7 @@ from recipes.launch import (
     check_num_processes,
     choose_precision,
     describe_hardware,
-    lost_processes,
+    failures,
     set_threads,
 )
 from recipes.loss_figure import FIGURE, draw_loss
@@ -92,7 +92,7 @@ def pretrain(args: PretrainingArguments) -> None:
         accelerator = _build_accelerator(args)
         check_num_processes(accelerator.num_processes, args.num_processes)
         run = Run(args, accelerator, build_stages(args), stop)
-        with run.lock, lost_processes(accelerator):
+        with run.lock, failures(accelerator):
             run.check_output_dir()
             run.check_hub()
             run.prepare()
@@ -160,6 +160,7 @@ class Run:
         """Refuse a folder of another run before any work is done for this one."""
         self.record = describe_run(self.args, self.stages, self.accelerator.num_processes)
         self.found = check_same_run(self.output_dir, self.record)
+        self.metrics.lines()  # a damaged file shows before any work
         if self.found and "results" not in self.found:
             self._together(self._lock)
 
@@ -336,7 +337,10 @@ class Run:
     def _make_output_dir(self) -> None:
         """Take the folder, unless another run has taken it since it was looked at."""
         if self.accelerator.is_main_process:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
+            try:
+                self.output_dir.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"output_dir {self.output_dir}: cannot be made ({error.strerror})") from error
             self.lock.acquire()
             check_same_run(self.output_dir, self.record)
 
@@ -352,7 +356,10 @@ class Run:
         return str(there)
 
     def _check_checkpoint(self, folder: Path) -> None:
-        different = differences(self.record, json.loads((folder / "trainer" / "run.json").read_text()))
+        try:
+            different = differences(self.record, json.loads((folder / "trainer" / "run.json").read_text()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            different = ["its run.json is not readable"]
         if different:
             raise UserError(
                 f"resume_from_checkpoint {folder}: is of a different run ({'; '.join(different)})"

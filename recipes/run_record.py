@@ -143,7 +143,7 @@ def check_same_run(output_dir: Path, ours: dict[str, Any]) -> dict[str, Any] | N
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         different = differences(ours, found)
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(
             f"output_dir {output_dir}: its run.json is not readable; choose another folder"
         ) from None
@@ -197,12 +197,14 @@ class Metrics:
         Raises:
             UserError: Another line is damaged.
         """
-        texts = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []
+        texts = self.file.read_bytes().splitlines() if self.file.exists() else []
         lines = []
         for number, text in enumerate(texts, 1):
             try:
-                lines.append(json.loads(text))
-            except ValueError:
+                line = json.loads(text)
+                line["step"] + 0  # a table with a number: what all else counts on
+                lines.append(line)
+            except (ValueError, KeyError, TypeError, RecursionError):
                 if number < len(texts):
                     raise UserError(f"output_dir: {self.file}, line {number}, is damaged") from None
         return lines
@@ -210,7 +212,7 @@ class Metrics:
     def continue_from(self, other: Path, step: int) -> None:
         """Take over what another folder's run measured up to `step`, where there is less here."""
         if other.exists() and max((line["step"] for line in self.lines()), default=0) < step:
-            write_text(self.file, other.read_text(encoding="utf-8"))
+            write_text(self.file, "".join(json.dumps(line) + "\n" for line in Metrics(other).lines()))
 
     def cut_back(self, step: int) -> None:
         """Drop what was measured after `step`, which training is about to repeat."""

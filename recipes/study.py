@@ -116,6 +116,9 @@ def _arms(config: Path, tables: Any) -> list[Arm]:
 def _combinations(table: dict[str, Any]) -> list[Arm]:
     """An arm for each combination of the values in the table's lists."""
     alternatives = [value if isinstance(value, list) else [value] for value in table.values()]
+    for option, values in zip(table, alternatives, strict=True):
+        if not values:
+            raise UserError(f"arms: {option} []: give at least one value")
     try:
         tables = [read_options(dict(zip(table, values, strict=True))) for values in product(*alternatives)]
     except UserError as error:

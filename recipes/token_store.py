@@ -11,6 +11,7 @@ of `SHARD_TOKENS` ids, 2 bytes each for vocabularies up to 65,536.
 
 import hashlib
 import json
+import re
 import shutil
 import time
 from array import array
@@ -18,11 +19,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
+from zipfile import BadZipFile
 
 import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from recipes.corpus import Corpus, content_hash
 from recipes.errors import UserError
@@ -31,6 +33,13 @@ from recipes.tokenization import tokenizer_fingerprint
 
 FORMAT = 1
 SPLITS = ("train", "validation")
+DTYPES = ("<u2", "<u4")
+# Of store.json and of each of its splits: what must be a number.
+NUMBERS = ("vocab_size", "cls_id", "sep_id", "unk_id", "pad_id", "mask_id", "shard_tokens")
+COUNTS = ("documents_in", "documents_kept", "documents_empty", "duplicates", "tokens", "unk")
+SHARD_NAME = re.compile(r"(train|validation)-\d{5,}\.bin")
+# What reading a damaged store raises.
+DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError, BadZipFile)
 SHARD_TOKENS = 2**27
 BATCH_CHARACTERS = 2**21  # tokenised at once: memory stays flat
 PIECE_CHARACTERS = 2**17  # of a long document, so that all cores have work
@@ -44,21 +53,40 @@ class TokenStore:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.about = json.loads((path / "store.json").read_text())
-        if self.about["format"] != FORMAT or not (path / "tokenizer").is_dir():
-            raise ValueError(f"format {self.about['format']} instead of {FORMAT}, or no tokenizer")
+        _check_about(self.about)
         self._shards = {split: self._map(split) for split in SPLITS}
+        for split in SPLITS:
+            self._check_counts(split)
+        if not (path / "tokenizer").is_dir():
+            raise ValueError("no tokenizer")
 
     @classmethod
     def open(cls, path: str | Path) -> "TokenStore":
-        """Open the store in folder `path`.
+        """Open the store in folder `path`. Nothing outside it is read, whatever it says.
 
         Raises:
             UserError: files of the store are missing or damaged.
         """
         try:
             return cls(Path(path))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"token store {path}: missing or damaged ({error}); delete the folder") from error
+        except DAMAGE as error:
+            raise _damaged(path, error) from error
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that made the ids; code that it brings is not executed.
+
+        Raises:
+            UserError: It does not load, or is another one.
+        """
+        folder, ids = self.path / "tokenizer", ("cls_id", "sep_id", "unk_id", "pad_id", "mask_id")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # the backend raises bare exceptions too
+            raise _damaged(self.path, f"tokenizer: {error}") from error
+        found = [len(tokenizer), *(getattr(tokenizer, f"{name[:-3]}_token_id") for name in ids)]
+        if found != [self.vocab_size, *(self.about[name] for name in ids)]:
+            raise _damaged(self.path, "its tokenizer is not the one that made it")
+        return tokenizer
 
     def __reduce__(self) -> tuple[Callable, tuple[Path]]:
         return TokenStore.open, (self.path,)
@@ -87,11 +115,11 @@ class TokenStore:
 
     def unigram_counts(self, split: str) -> np.ndarray:
         """Occurrences of each id in the stream, int64 [vocab_size]."""
-        return np.load(self.path / f"counts-{split}.npy")
+        return np.load(self.path / f"counts-{split}.npy", mmap_mode="r", allow_pickle=False)
 
     def content_hashes(self, split: str) -> np.ndarray:
         """Hash of each kept document, in order, uint64 [documents]."""
-        return np.load(self.path / f"hashes-{split}.npy")
+        return np.load(self.path / f"hashes-{split}.npy", allow_pickle=False)
 
     def read_blocks(self, split: str, indices: np.ndarray, max_seq_length: int) -> np.ndarray:
         """Blocks of ids.
@@ -145,11 +173,24 @@ class TokenStore:
         dtype, size, left = np.dtype(self.about["dtype"]), self.about["shard_tokens"], self.tokens(split)
         shards = []
         for name in self.about["splits"][split]["shards"]:
+            if not SHARD_NAME.fullmatch(name):  # a store may come from anybody, and name any file
+                raise ValueError(f"{name!r} is no name of a shard")
             shards.append(np.memmap(self.path / name, dtype, "r"))
             if len(shards[-1]) != min(size, left):
                 raise ValueError(f"{name} holds {len(shards[-1])} tokens instead of {min(size, left)}")
             left -= len(shards[-1])
+        if left:
+            raise ValueError(f"the {split} shards lack {left} tokens")
         return shards
+
+    def _check_counts(self, split: str) -> None:
+        """Raise ValueError unless there is a count for each entry of the vocabulary."""
+        try:
+            counts = self.unigram_counts(split)
+        except DAMAGE as error:
+            raise ValueError(f"counts-{split}.npy: {error}") from error
+        if counts.dtype != np.int64 or counts.shape != (self.vocab_size,):
+            raise ValueError(f"counts-{split}.npy: not a count for each of {self.vocab_size} entries")
 
     def _gather(self, split: str, positions: np.ndarray) -> np.ndarray:
         """Ids at positions of the stream, int64 of the same shape."""
@@ -159,6 +200,25 @@ class TokenStore:
             here = numbers == number
             ids[here] = self._shards[split][number][offsets[here]]
         return ids
+
+
+def _check_about(about: dict[str, Any]) -> None:
+    """Raise ValueError or KeyError for what store.json cannot say."""
+    if about["format"] != FORMAT:
+        raise ValueError(f"format {about['format']} instead of {FORMAT}")
+    if about["dtype"] not in DTYPES:
+        raise ValueError(f"dtype {about['dtype']!r}; allowed: {', '.join(DTYPES)}")
+    splits = [about["splits"][split] for split in SPLITS]
+    counts = [about[name] for name in NUMBERS] + [split[name] for split in splits for name in COUNTS]
+    if not all(type(count) is int and count >= 0 for count in counts) or not about["shard_tokens"]:
+        raise ValueError("store.json has something else in place of a number")
+    if not all(isinstance(about[name], str) for name in ("corpus", "fingerprint")):
+        raise ValueError("store.json has something else in place of a name")
+
+
+def _damaged(path: str | Path, reason: object) -> UserError:
+    reason = " ".join(str(reason).split())[:300]
+    return UserError(f"token store {path}: missing or damaged ({reason}); delete the folder")
 
 
 def unigram_cross_entropy(
