@@ -17,6 +17,7 @@ import yaml
 from tqdm import tqdm
 
 from recipes.errors import UserError
+from recipes.files import FolderLock
 from recipes.launch import usable_cores
 from recipes.preparation import prepare_stores
 from recipes.run_record import Metrics, check_same_run, describe_run
@@ -82,11 +83,14 @@ def run_study(study: Study, parallel_runs: int) -> list[str]:
         for steps in [study.arguments(arm, seed).max_steps]
     ]
     waiting = [run for run in runs if run.results() is None]
-    if waiting:
+    if not waiting:
+        return []
+    study.output_dir.mkdir(parents=True, exist_ok=True)
+    with FolderLock(study.output_dir) as lock:
+        lock.acquire()
         _prepare(study)
         with _children_stopped(runs):
             return list(_run_all(runs, waiting, parallel_runs))
-    return []
 
 
 def check_runs(study: Study) -> None:

@@ -9,14 +9,17 @@ import time
 
 import psutil
 import pytest
+import yaml
 
 from recipes import validation
 from recipes.errors import UserError
 from recipes.files import FolderLock
 from recipes.pretraining import pretrain
 from recipes.stopping import OWNER, Stopped
+from recipes.study import read_study
+from recipes.study_runner import run_study
 from recipes.training import Trainer
-from tests.conftest import ROOT, accelerate, metrics_of
+from tests.conftest import ROOT, TINY, accelerate, metrics_of
 from tests.test_training import DROPOUT, digest
 
 # Lines every five updates: an interruption falls between two of them.
@@ -324,12 +327,13 @@ os.kill(os.getpid(), 9)
         child.kill()
 
 
-def test_a_folder_that_another_process_has_is_refused_by_name(tmp_path):
+def held(folder):
+    """A process that works in a folder."""
     code = f"""
 import sys
 from pathlib import Path
 from recipes.files import FolderLock
-lock = FolderLock(Path({str(tmp_path)!r}))
+lock = FolderLock(Path({str(folder)!r}))
 lock.acquire()
 print("locked", flush=True)
 sys.stdin.read()
@@ -338,12 +342,55 @@ sys.stdin.read()
         [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert holder.stdout.readline() == "locked\n"
+    return holder
+
+
+def test_a_folder_that_another_process_has_is_refused_by_name(tmp_path):
+    holder = held(tmp_path)
     with pytest.raises(
         UserError, match=f"output_dir {tmp_path}: process {holder.pid} on .* is working in it"
     ):
         FolderLock(tmp_path).acquire()
     holder.communicate("")
     FolderLock(tmp_path).acquire()
+
+
+def test_a_study_keeps_its_folder_too(tmp_path, corpus_dir, cache_dir):
+    table = {"base": TINY | {"train_file": str(corpus_dir), "cache_dir": str(cache_dir)}, "seeds": [1]}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(table | {"arms": [{"norm_placement": "pre"}]}))
+    study = read_study(tmp_path / "study.yaml", {}, output_dir=tmp_path / "study")
+    (tmp_path / "study").mkdir()
+    holder = held(tmp_path / "study")
+    with pytest.raises(UserError, match=f"process {holder.pid} on .* is working in it"):
+        run_study(study, parallel_runs=1)
+    assert [f.name for f in (tmp_path / "study").iterdir()] == [".lock"]
+    holder.communicate("")
+
+
+def test_another_number_of_processes_goes_on(tiny, launch, tmp_path, monkeypatch):
+    """One process, then two with half the micro-batch, then one that accumulates: one run, to rounding."""
+    options = OPTIONS | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    options |= {
+        "mlm_probability": 0.2,
+        "initializer_range": 0.03,
+    }  # both differ in the default run
+    pretrain(tiny(output_dir=str(tmp_path / "whole"), **options))
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        signal_at(patch, 3, "SIGTERM")
+        pretrain(tiny(**options))
+    half = {"per_device_train_batch_size": 4, "max_train_time": 1e-6, "output_dir": tmp_path / "run"}
+    two = launch(processes=2, **options | half)
+    assert two.returncode == 0, two.stderr
+    assert "stopped at update 4: max_train_time is over" in two.stderr
+    pretrain(tiny(per_device_train_batch_size=2, gradient_accumulation_steps=4, **options))
+    for ours, whole in zip(metrics_of(tmp_path / "run"), metrics_of(tmp_path / "whole"), strict=True):
+        assert ours.keys() == whole.keys()
+        for name, value in whole.items():
+            # A difference of losses has fewer digits; the losses are compared themselves.
+            if isinstance(value, float) and name != "below_unigram_cross_entropy":
+                assert ours[name] == pytest.approx(value, rel=1e-5), name
+            elif not isinstance(value, float):
+                assert ours[name] == value, name
 
 
 def test_the_state_is_plain(tiny, tmp_path, monkeypatch):
