@@ -255,9 +255,13 @@ def prune(output_dir: Path, save_total_limit: int | None, newest: int) -> None:
     """
     complete = [f for f in checkpoint_folders(output_dir) if is_complete(f) and step_of(f) <= newest]
     for folder in complete[:-save_total_limit] if save_total_limit else []:
-        # The marker goes first: a deletion cut short leaves nothing that looks complete.
-        (folder / MARKER).unlink()
-        shutil.rmtree(folder)
+        if folder.is_symlink():  # of another run, whose checkpoint it stays
+            folder.unlink()
+            continue
+        # Out of sight at once: what a deletion cut short leaves looks like nothing, and the next save ends it.
+        gone = folder.with_name(f".{folder.name}.pruned")
+        os.replace(folder, gone)
+        shutil.rmtree(gone)
 
 
 def checksums(folder: Path) -> dict[str, str]:

@@ -170,7 +170,9 @@ def push_files(repo_id: str, entry: Entry, files: Path, is_first: bool) -> str:
         if entry.private and not api.model_info(repo_id).private:
             raise UserError(f"hub_private_repo: {repo_id} is public; make it private, or give another")
     _use_xet_where_spoken(repo_id)
-    paths = {f.relative_to(files).as_posix(): f for f in sorted(files.rglob("*")) if f.is_file()}
+    # What a link points to may be anything on this machine.
+    found = (f for f in sorted(files.rglob("*")) if f.is_file() and not f.is_symlink())
+    paths = {f.relative_to(files).as_posix(): f for f in found}
     additions = [CommitOperationAdd(name, path) for name, path in paths.items()]
     # The root first: what lies in the state's folder a second time is then there already.
     root = [addition for addition in additions if "/" not in addition.path_in_repo]

@@ -141,7 +141,7 @@ def _results_at(checkpoint: Path, lines: list[dict[str, Any]]) -> dict[str, Any]
 def _files(checkpoint: Path, strategy: str) -> Iterator[tuple[Path, Path]]:
     """Files of a checkpoint, and where they lie in the repository: with the trainer's state, twice."""
     state = STATE_FOLDERS.get(strategy, "").format(step=step_of(checkpoint))
-    for file in sorted(f for f in checkpoint.rglob("*") if f.is_file()):
+    for file in sorted(f for f in checkpoint.rglob("*") if f.is_file() and not f.is_symlink()):
         path = file.relative_to(checkpoint)
         if path.parts[0] not in ("trainer", MARKER):
             yield file, path

@@ -29,7 +29,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from recipes.corpus import Corpus, content_hash
 from recipes.errors import UserError
 from recipes.files import cached_folder, make_cache_dir
-from recipes.tokenization import tokenizer_fingerprint
+from recipes.tokenization import save_tokenizer, tokenizer_fingerprint
 
 FORMAT = 1
 SPLITS = ("train", "validation")
@@ -319,7 +319,7 @@ def _build(
         splits[split] = writer.finish()
     corpus.check_overlap(*(np.load(folder / f"hashes-{split}.npy") for split in SPLITS))
     # A store goes where there is no corpus: it brings its tokenizer.
-    tokenizer.save_pretrained(folder / "tokenizer")
+    save_tokenizer(tokenizer, folder / "tokenizer")
     (folder / "store.json").write_text(json.dumps({**about, "splits": splits}, indent=1))
 
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +43,17 @@ def prepare_tokenizer(data: DataArguments, corpora: list[Corpus]) -> PreTrainedT
     """
     tokenizer = _load(data.tokenizer_name or str(_trained(data, corpora)))
     return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """As `save_pretrained`, whose backend raises bare exceptions where it means an OSError."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if not number:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -111,7 +124,7 @@ def _trained(data: DataArguments, corpora: list[Corpus]) -> Path:
     def build(aside: Path) -> None:
         names = ", ".join(corpus.name for corpus in corpora)
         print(f"tokenizer: learning {vocab_size:,} WordPieces from {names}", flush=True)
-        train_tokenizer(corpora, vocab_size, data.do_lower_case).save_pretrained(aside)
+        save_tokenizer(train_tokenizer(corpora, vocab_size, data.do_lower_case), aside)
 
     return cached_folder(folder, build)
 
