@@ -258,7 +258,7 @@ def prune(output_dir: Path, save_total_limit: int | None, newest: int) -> None:
         if folder.is_symlink():  # of another run, whose checkpoint it stays
             folder.unlink()
             continue
-        # Out of sight at once: what a deletion cut short leaves looks like nothing, and the next save ends it.
+        # Out of sight at once: what a deletion cut short leaves looks like nothing; the next save ends it.
         gone = folder.with_name(f".{folder.name}.pruned")
         os.replace(folder, gone)
         shutil.rmtree(gone)

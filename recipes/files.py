@@ -41,8 +41,13 @@ def write_json(file: Path, value: Any) -> None:
 
 def write_text(file: Path, text: str) -> None:
     """Replace a file: whole or not at all, also where several processes write it at once."""
+    write_bytes(file, text.encode("utf-8"))
+
+
+def write_bytes(file: Path, data: bytes) -> None:
+    """As `write_text`."""
     aside = aside_of(file)
-    aside.write_text(text, encoding="utf-8")
+    aside.write_bytes(data)
     sync(aside)
     os.replace(aside, file)
 

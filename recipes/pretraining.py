@@ -39,7 +39,7 @@ from recipes.checkpointing import (
 )
 from recipes.diagnosis import Diverged, diagnose, last_diagnosis
 from recipes.errors import Failure, UserError
-from recipes.files import FolderLock, write_json, write_text
+from recipes.files import FolderLock, is_aside, write_json, write_text
 from recipes.hub_access import (
     cached_checkpoint,
     check_access,
@@ -86,10 +86,10 @@ def pretrain(args: PretrainingArguments) -> None:
         Failure: The disk or another process does not do its work any more.
     """
     transformers_logging.disable_progress_bar()  # a bar for each saved checkpoint
-    stop = StopRequest(args.max_train_time)
+    stop, threads = StopRequest(args.max_train_time), set_threads()
+    # While processes look for each other a signal must end them as ever: no handler of ours would be called.
+    accelerator = _build_accelerator(args)
     with stop.watching():
-        threads = set_threads()
-        accelerator = _build_accelerator(args)
         check_num_processes(accelerator.num_processes, args.num_processes)
         run = Run(args, accelerator, build_stages(args), stop)
         with run.lock, failures(accelerator):
@@ -331,7 +331,7 @@ class Run:
             self.metrics.cut_back(step)
             self.validation.save(self.output_dir / "validation_masks.safetensors")
             if self.publisher:
-                self.publisher.resume()
+                self.publisher.resume(folder)
         self.tracker.start(self.args.to_dict(), self.metrics, step)
 
     def _make_output_dir(self) -> None:
@@ -343,6 +343,8 @@ class Run:
                 raise UserError(f"output_dir {self.output_dir}: cannot be made ({error.strerror})") from error
             self.lock.acquire()
             check_same_run(self.output_dir, self.record)
+            for file in filter(is_aside, self.output_dir.iterdir()):  # of a process that was killed
+                file.unlink()
 
     def _newer_of_hub(self, reference: str) -> str | None:
         """The checkpoint from the Hub, or None where the folder has one that is as new."""

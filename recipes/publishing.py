@@ -17,7 +17,7 @@ from huggingface_hub import constants
 
 from recipes.arguments import PretrainingArguments
 from recipes.checkpointing import MARKER, step_of
-from recipes.hub_queue import LAST_CHECKPOINT, Entry, add_entry, pending, push_command
+from recipes.hub_queue import LAST_CHECKPOINT, Entry, add_entry, pending, push_command, read_status
 from recipes.hub_session import words
 from recipes.model_card import model_card
 from recipes.run_record import Metrics, without_folders
@@ -47,9 +47,18 @@ class Publisher:
         # A session of its own: an interrupt at the terminal is the training's affair.
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
 
-    def resume(self) -> None:
-        """Push what an earlier process of this run left."""
-        self._try(lambda: self.start() if pending(self.run) else None)
+    def resume(self, checkpoint: Path | None) -> None:
+        """Push what an earlier process of this run left, or had no time to queue after saving `checkpoint`."""
+        self._try(lambda: self._resume(checkpoint))
+
+    def _resume(self, checkpoint: Path | None) -> None:
+        waiting = pending(self.run)
+        if checkpoint and checkpoint.parent == self.run:
+            name = f"step-{step_of(checkpoint)}"
+            if name not in [*(read_status(self.run).pushed or {}), *(entry.name for entry in waiting)]:
+                self.save(checkpoint)
+        if waiting:
+            self.start()
 
     def save(self, checkpoint: Path) -> None:
         """Queue a checkpoint that has just been saved, where the strategy wants it."""

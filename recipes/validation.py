@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from recipes.batches import Batch, BlockReader
+from recipes.files import write_bytes
 from recipes.masking import IGNORED
 from recipes.sampling import Samples
 
@@ -37,7 +38,7 @@ class Validation:
     def save(self, file: Path) -> None:
         """Keep blocks and masks (int32) beside the results they belong to."""
         tensors = {name: tensor.int() for name, tensor in self.batch.items()}
-        save_file(tensors, file, metadata={"mask_fingerprint": self.mask_fingerprint})
+        write_bytes(file, save(tensors, metadata={"mask_fingerprint": self.mask_fingerprint}))
 
     @torch.inference_mode()
     def __call__(
