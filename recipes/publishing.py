@@ -48,7 +48,7 @@ class Publisher:
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
 
     def resume(self, checkpoint: Path | None) -> None:
-        """Push what an earlier process of this run left, or had no time to queue after saving `checkpoint`."""
+        """Push what an earlier process of this run left, or had no time to queue when it saved."""
         self._try(lambda: self._resume(checkpoint))
 
     def _resume(self, checkpoint: Path | None) -> None:
