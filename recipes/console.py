@@ -14,6 +14,7 @@ from recipes.budget import ASSUMED_MFU, total_flops
 from recipes.diagnosis import CAUSES
 from recipes.hub_queue import hub_folder, pending, push_command
 from recipes.hub_session import without_secrets
+from recipes.sharding import is_sharded
 from recipes.stages import remaining_tokens
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def cost_screen(run: "Run", threads: str) -> list[str]:
     tokens = remaining_tokens(run.stages, processes, 0)
     per_update = ", then ".join(f"{stage.tokens_per_update(processes):,}" for stage in run.stages)
     epochs = tokens / (run.samples_per_epoch * run.stages[0].max_seq_length)
+    parts = ", each holds a part of the weights (FSDP2)" if is_sharded(run.model) else ""
     data = [line for store in run.data.stores for line in store.report(args.max_seq_length).splitlines()]
     return [
         f"model       {_describe_model(run.model)}",
@@ -37,7 +39,7 @@ def cost_screen(run: "Run", threads: str) -> list[str]:
         f"{epochs:.2f} epochs",
         f"cost        {flops:.3g} FLOP left; about {clock(seconds)} at {ASSUMED_MFU:.0%} of "
         f"{peak.flops / 1e9:,.0f} GFLOP/s ({peak.source})",
-        f"processes   {processes} on {run.accelerator.device}, {threads}",
+        f"processes   {processes} on {run.accelerator.device}, {threads}{parts}",
         f"precision   {run.precision}",
         f"attention   {_describe_attention(run.model, args.attn_implementation, args.isolate_documents)}",
         f"validation  {v.blocks} blocks, {v.masked_tokens:,} masked tokens, masks {v.mask_fingerprint}",

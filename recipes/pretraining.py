@@ -21,7 +21,7 @@ from transformers import BertConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from bert_ln import BertLnConfig, BertLnForMaskedLM
-from recipes import console
+from recipes import console, sharding
 from recipes.arguments import PretrainingArguments, model_config
 from recipes.batches import BlockReader, TrainingBatches
 from recipes.budget import peak_of
@@ -30,7 +30,6 @@ from recipes.checkpointing import (
     TrainState,
     find_checkpoint,
     is_complete,
-    load_checkpoint,
     prune,
     save_checkpoint,
     step_of,
@@ -72,8 +71,13 @@ from recipes.validation import Validation
 
 # Figures of the last validation among the results; None where the run diverged.
 RESULTS = ("validation_loss", "validation_accuracy", "below_unigram_cross_entropy")
-# What the loop was built for: every process holds the whole model.
-DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+# What the loop was built for; of FSDP the second (`sharding.check_launcher`).
+DISTRIBUTED = (
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.FSDP,
+)
 
 
 def pretrain(args: PretrainingArguments) -> None:
@@ -107,6 +111,7 @@ def pretrain(args: PretrainingArguments) -> None:
 
 def _build_accelerator(args: PretrainingArguments) -> Accelerator:
     check_tracker(args.report_to)
+    sharding.check_launcher()
     accelerator = Accelerator(
         # Autocast is the loop's own affair (validation runs without), whatever the launcher says.
         mixed_precision="no",
@@ -272,10 +277,15 @@ class Run:
         args, accelerator = self.args, self.accelerator
         set_seed(args.seed)
         self.model = build_model(args, self.config)
+        if is_sharded := sharding.is_wanted():
+            sharding.shard(self.model, accelerator)
         optimizer = build_optimizer(self.model, args)
         # Shapes change only from stage to stage: each is compiled as it is.
         compiled = torch.compile(self.model, dynamic=False) if args.torch_compile else self.model
-        wrapped, optimizer = accelerator.prepare(compiled, optimizer)
+        if is_sharded:
+            wrapped, optimizer = compiled, accelerator.prepare_optimizer(optimizer)
+        else:
+            wrapped, optimizer = accelerator.prepare(compiled, optimizer)
         self.peak = peak_of(accelerator.device, self.bf16)
         self.record["parameters"] = sum(p.numel() for p in self.model.parameters())
         self.record["hardware"] = describe_hardware(accelerator.device, accelerator.num_processes)
@@ -320,7 +330,7 @@ class Run:
                 self.print(f"No complete checkpoint in {self.output_dir}: starting from the beginning.")
         else:
             self._check_checkpoint(folder)
-            self.trainer.state = load_checkpoint(folder, self.model, self.trainer.optimizer)
+            self.trainer.state = self._load(folder)
             self.print(f"Continuing from {folder}.")
         step = self.trainer.state.step
         _check_agreement(step, "processes found different checkpoints; share output_dir")
@@ -394,7 +404,7 @@ class Run:
             self._evaluate(trainer.state)
         if trainer.state.step == self.args.max_steps and not self.stop.reason:
             last = self.output_dir / f"checkpoint-{self.args.max_steps}"
-            if self.accelerator.is_main_process and not is_complete(last):
+            if not broadcast_object_list([is_complete(last)])[0]:
                 self._save(trainer.state)  # it came from elsewhere
         if not self.stop.reason:
             trainer.train()
@@ -414,7 +424,7 @@ class Run:
         too_many = state.nonfinite_updates > args.max_nonfinite_updates
         if args.nonfinite_update != "rollback" or folder is None or too_many:
             return False
-        earlier = load_checkpoint(folder, self.model, self.trainer.optimizer)
+        earlier = self._load(folder)
         earlier.nonfinite_updates = state.nonfinite_updates
         earlier.data_offset = state.data_offset + state.step - earlier.step
         self.trainer.state = earlier
@@ -486,11 +496,20 @@ class Run:
             self.metrics.append(line)
         self.tracker.log(line)
 
+    def _load(self, folder: Path) -> TrainState:
+        return sharding.load(folder, self.model, self.trainer.optimizer, self.args)
+
+    def _whole(self) -> tuple[PreTrainedModel, torch.optim.Optimizer]:
+        """Model and optimiser as the main process writes them; every process takes part."""
+        is_main = self.accelerator.is_main_process
+        return sharding.gathered(self.model, self.trainer.optimizer, self.args, keep=is_main)
+
     def _save(self, state: TrainState) -> None:
+        model, optimizer = self._whole()
         if not self.accelerator.is_main_process:
             return
         try:
-            folder = self._write_checkpoint(state)
+            folder = self._write_checkpoint(state, model, optimizer)
         except NotWritten as error:
             words = f"step {state.step:>7,}  {self.output_dir}: checkpoint not saved ({error})"
             if state.step == self.args.max_steps or self.stop.reason:
@@ -505,19 +524,21 @@ class Run:
         except OSError as error:
             self.print(f"step {state.step:>7,}  an old checkpoint cannot be deleted ({error})")
 
-    def _write_checkpoint(self, state: TrainState) -> Path:
-        optimizer, tokenizer = self.trainer.optimizer, self.data.tokenizer
+    def _write_checkpoint(
+        self, state: TrainState, model: PreTrainedModel, optimizer: torch.optim.Optimizer
+    ) -> Path:
         with written_or_removed():
             self.metrics.sync()  # a checkpoint never knows more than the file
-        return save_checkpoint(self.output_dir, state, self.model, tokenizer, optimizer, self.record)
+        return save_checkpoint(self.output_dir, state, model, self.data.tokenizer, optimizer, self.record)
 
     # ---------------------------------------------------------------- after training
 
     def finish(self) -> None:
         """The final model in the folder itself, its card, the results, and what to do next."""
+        model, _ = self._whole()
         if self.accelerator.is_main_process:
             results = self._results()
-            write_final_model(self.output_dir, self.model, self.data.tokenizer)
+            write_final_model(self.output_dir, model, self.data.tokenizer)
             has_figure = draw_loss(self.metrics.lines(), self.output_dir / FIGURE)
             name = self.publisher.repo_id if self.publisher else default_repository(self.output_dir)
             card = model_card(name.split("/")[-1], self.record, results, has_figure)

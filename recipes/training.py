@@ -22,6 +22,7 @@ from recipes.budget import Peak, training_flops
 from recipes.checkpointing import TrainState
 from recipes.optimization import learning_rate_at
 from recipes.randomness import DROPOUT, random_bits
+from recipes.sharding import full, no_sync
 from recipes.stages import Stage, stage_at
 from recipes.stopping import StopRequest
 
@@ -102,10 +103,10 @@ class Trainer:
         for i, batch in enumerate(micro_batches):
             last = i == len(micro_batches) - 1
             # Gradients travel between processes once an update, not once a micro-batch.
-            with nullcontext() if last else self.accelerator.no_sync(self.wrapped_model):
+            with nullcontext() if last else no_sync(self.accelerator, self.wrapped_model):
                 loss += self._backward(batch, count)
         limit = self.args.max_grad_norm or float("inf")
-        grad_norm = self.accelerator.clip_grad_norm_(self.wrapped_model.parameters(), limit)
+        grad_norm = full(self.accelerator.clip_grad_norm_(self.wrapped_model.parameters(), limit))
         # It covers the loss on all processes: one that is not finite has no finite gradient.
         is_finite = torch.isfinite(grad_norm)
         self._step_if(is_finite)

@@ -16,6 +16,7 @@ from recipes.batches import Batch, BlockReader
 from recipes.files import write_bytes
 from recipes.masking import IGNORED
 from recipes.sampling import Samples
+from recipes.sharding import is_sharded
 
 # Not the run's seed: runs of different seeds must be validated on the same masks.
 MASK_SEED = 0
@@ -40,7 +41,7 @@ class Validation:
         tensors = {name: tensor.int() for name, tensor in self.batch.items()}
         write_bytes(file, save(tensors, metadata={"mask_fingerprint": self.mask_fingerprint}))
 
-    @torch.inference_mode()
+    @torch.no_grad()  # tensors of inference mode could stay in a sharded model
     def __call__(
         self,
         model: PreTrainedModel,
@@ -62,10 +63,13 @@ class Validation:
         for start in range(0, self.blocks, stride):  # as many rounds on each process
             if is_cut := cut_short():
                 break
-            mine = slice(start + offset, start + offset + batch_size)
+            has_blocks = start + offset < self.blocks
+            # Parts of a sharded model come together only where every process computes.
+            first = start + offset if has_blocks or not is_sharded(model) else 0
+            mine = slice(first, first + batch_size)
             batch = {name: tensor[mine].to(accelerator.device) for name, tensor in self.batch.items()}
             if len(batch["labels"]):
-                totals += _loss_and_hits(model, batch).cpu()
+                totals += has_blocks * _loss_and_hits(model, batch).cpu()
         model.train(was_training)
         if is_cut:
             return None
