@@ -53,8 +53,8 @@ def evaluate(args: GlueArguments) -> list[str]:
     with FolderLock(results.output_dir) as lock:
         if workers.rank == 0:
             print(*screen(models, jobs, missing, again, precision, workers, args), "", sep="\n")
-            results.begin(settings)
             lock.acquire()
+            results.begin(settings)
         failed = run_jobs(jobs, workers, results, args.save_model, result_line)
         if workers.rank == 0:
             if workers.world_size > 1 and not failed:

@@ -112,7 +112,8 @@ class TrainingBatches(Dataset):
         )
         batches = iter(loader)
         for step in range(first_step, last_step):
-            yield [_next(batches) for _ in range(stage_at(self.stages, step).gradient_accumulation_steps)]
+            number = stage_at(self.stages, step).gradient_accumulation_steps
+            yield [_next(batches) if num_workers else next(batches) for _ in range(number)]
 
 
 def _schedule(stages: list[Stage], first_step: int, last_step: int) -> Iterator[tuple[int, int]]:

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recipes.errors import Failure, UserError
 from recipes.files import sync, sync_tree, write_json
+from recipes.tokenization import save_tokenizer
 
 FORMAT = 1
 MARKER = "complete.json"
@@ -58,10 +60,12 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerBase,
     optimizer: torch.optim.Optimizer,
     record: dict[str, Any],
+    scheduled: bool = True,
 ) -> Path:
     """Write `output_dir/checkpoint-STEP`, which exists afterwards whole, or not at all.
 
-    `record` is the run's description (run.json), kept so that resuming can compare.
+    `record` is the run's description (run.json), kept so that resuming can compare; `scheduled` says whether
+    an uninterrupted run has this checkpoint too.
 
     Raises:
         NotWritten: The disk is full, or something else is wrong with it; nothing is left of the attempt.
@@ -70,14 +74,14 @@ def save_checkpoint(
     aside = output_dir / f".{final.name}.partial"
     with written_or_removed(aside):
         for leftover in output_dir.glob(".checkpoint-*"):
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)
         write_model(aside, model, tokenizer)
         trainer = aside / "trainer"
         trainer.mkdir()
         torch.save(optimizer.state_dict(), trainer / "optimizer.pt")
         write_json(trainer / "state.json", asdict(state))
         write_json(trainer / "run.json", record)
-        marker = {"format": FORMAT, "step": state.step, "files": checksums(aside)}
+        marker = {"format": FORMAT, "step": state.step, "scheduled": scheduled, "files": checksums(aside)}
         sync_tree(aside)
         write_json(aside / MARKER, marker)
         sync(aside)
@@ -99,7 +103,11 @@ def written_or_removed(aside: Path | None = None) -> Iterator[None]:
     """Raise NotWritten when writing fails; what is half-written goes: a full disk has no room for it."""
     try:
         yield
-    except Exception as error:  # writers in other languages have types of their own for a full disk
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # of all who write
         if aside:
             shutil.rmtree(aside, ignore_errors=True)
         raise NotWritten(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
@@ -108,7 +116,7 @@ def written_or_removed(aside: Path | None = None) -> Iterator[None]:
 def write_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Weights, configuration, code and tokenizer, as `from_pretrained` expects them."""
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
 
 
 def write_final_model(output_dir: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -172,12 +180,15 @@ def _check_moments(optimizer: torch.optim.Optimizer) -> None:
                 raise ValueError(f"{name} of shape {tuple(value.shape)} for {tuple(parameter.shape)}")
 
 
-def find_checkpoint(output_dir: Path, requested: str | bool | None) -> tuple[Path | None, list[str]]:
+def find_checkpoint(
+    output_dir: Path, requested: str | bool | None, only_scheduled: bool = False
+) -> tuple[Path | None, list[str]]:
     """The checkpoint to continue from, or None, with a line for each one that was passed over.
 
     Args:
         output_dir: Where the newest complete one is looked for.
         requested: `--resume_from_checkpoint`: a folder, or True or None.
+        only_scheduled: Whether those that an interruption made do not count.
 
     Raises:
         UserError: The requested folder is not a complete checkpoint, or False was asked for.
@@ -194,6 +205,8 @@ def find_checkpoint(output_dir: Path, requested: str | bool | None) -> tuple[Pat
     passed_over = []
     for folder in reversed(checkpoint_folders(output_dir)):
         damage = damage_of(folder)
+        if damage is None and only_scheduled and not is_scheduled(folder):
+            continue
         if damage is None:
             return folder, passed_over
         passed_over.append(f"{folder} is passed over: {damage}")
@@ -214,6 +227,11 @@ def step_of(folder: Path) -> int:
 def is_complete(folder: Path) -> bool:
     """Whether the folder carries the marker of a finished save (its checksums are not compared)."""
     return (folder / MARKER).is_file()
+
+
+def is_scheduled(folder: Path) -> bool:
+    """Whether a complete checkpoint was due, and not made by an interruption."""
+    return json.loads((folder / MARKER).read_text()).get("scheduled", True)
 
 
 def damage_of(folder: Path) -> str | None:
@@ -251,10 +269,13 @@ def _step_in(folder: Path) -> int | None:
 def prune(output_dir: Path, save_total_limit: int | None, newest: int) -> None:
     """Delete all but the last complete checkpoints up to step `newest`, the one just saved.
 
-    Those after it were passed over when the run was resumed: they are no reason to delete a good one.
+    Those after it were passed over when the run was resumed: they are no reason to delete a good one. What
+    an interruption made has done its work as soon as there is a newer one, and counts for nothing.
     """
     complete = [f for f in checkpoint_folders(output_dir) if is_complete(f) and step_of(f) <= newest]
-    for folder in complete[:-save_total_limit] if save_total_limit else []:
+    scheduled = [folder for folder in complete if is_scheduled(folder)]
+    surplus = [f for f in complete if f not in set(scheduled) and step_of(f) < newest]
+    for folder in surplus + (scheduled[:-save_total_limit] if save_total_limit else []):
         if folder.is_symlink():  # of another run, whose checkpoint it stays
             folder.unlink()
             continue

@@ -14,8 +14,6 @@ RISE = 0.2
 # A plateau is one from this update on, at the latest: BERT-base has left it by then.
 PATIENCE = 10_000
 
-LOSSES = ("train_loss", "validation_loss", "grad_norm")
-
 CAUSES = {
     "plateau": (
         "the loss is no better than that of a model that knows word frequencies only. Known causes: a "
@@ -39,8 +37,8 @@ def diagnose(
 ) -> str | None:
     """Judge a run at its last validation by the lines of its metrics.jsonl.
 
-    - `diverged`: a loss or gradient was no finite number (null), or the validation loss is `RISE` above its
-      lowest value and the training loss rose with it.
+    - `diverged`: a validation loss was no finite number (null), or it is `RISE` above its lowest value and
+      the training loss rose with it. (A null in a training line is a skipped update, which a run survives.)
     - `over-fitting`: the validation loss is `RISE` above its lowest value; the training loss did not rise.
     - `plateau`: the validation loss is not `LEARNED` below the unigram cross-entropy after a quarter of the
       updates, or after `PATIENCE` where that is less, and not before the warm-up has ended.
@@ -48,9 +46,9 @@ def diagnose(
     Returns:
         A key of `CAUSES`, or None.
     """
-    if any(line.get(name, 0.0) is None for line in lines for name in LOSSES):
-        return "diverged"
     validations = [line for line in lines if "validation_loss" in line]
+    if any(line["validation_loss"] is None for line in validations):
+        return "diverged"
     if not validations:
         return None
     last, lowest = validations[-1], min(validations, key=lambda line: line["validation_loss"])
@@ -63,7 +61,7 @@ def diagnose(
 
 def _rising(lines: list[dict[str, Any]], lowest: int) -> str | None:
     """Why the validation loss rises since update `lowest`; None before a training line can tell."""
-    losses = [(line["step"], line["train_loss"]) for line in lines if "train_loss" in line]
+    losses = [(line["step"], line["train_loss"]) for line in lines if line.get("train_loss") is not None]
     since = [loss for step, loss in losses if step > lowest]
     before = [loss for step, loss in losses if step <= lowest]
     if not since:

@@ -7,6 +7,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,11 +21,8 @@ except ImportError:  # Windows, where nothing keeps two runs apart
 # The file by which a process keeps a folder for itself.
 LOCK = ".lock"
 # Errors of a disk that is full, broken, gone, or that one may not write to.
-STORAGE_ERRORS = {
-    getattr(errno, name)
-    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "EACCES", "EPERM", "ESTALE")
-    if hasattr(errno, name)
-}
+_NAMES = "EACCES EDQUOT EFBIG EIO ENOENT ENOSPC ENOTCONN EPERM EROFS ESHUTDOWN ESTALE ETIMEDOUT"
+STORAGE_ERRORS = {getattr(errno, name) for name in _NAMES.split() if hasattr(errno, name)}
 # Without a change for so long, a folder in the making has been given up.
 STALE_SECONDS = 3600.0
 
@@ -83,15 +81,23 @@ class FolderLock:
     def __init__(self, folder: Path) -> None:
         self.file = folder / LOCK
         self._stream: TextIO | None = None
+        self._made_folder = False
 
     def acquire(self) -> None:
-        """Take the lock, unless it is taken; the folder must exist.
+        """Take the lock; the folder is made if need be, and goes again if nothing else comes into it.
 
         Raises:
-            UserError: Another process has it.
+            UserError: Another process has it, or the folder cannot be made or written to.
         """
-        if self._stream or fcntl is None:
-            return
+        try:
+            self._made_folder |= not self.file.parent.exists()
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            if not self._stream and fcntl:
+                self._acquire()
+        except OSError as error:
+            raise UserError(f"output_dir {self.file.parent}: cannot be used ({error.strerror})") from error
+
+    def _acquire(self) -> None:
         stream = self.file.open("a+", encoding="utf-8")
         try:
             # Not flock, which workers and other children would inherit and keep.
@@ -101,7 +107,9 @@ class FolderLock:
                 stream.seek(0)
                 owner = stream.read().strip() or "another process"
                 stream.close()
-                raise UserError(f"output_dir {self.file.parent}: {owner} is working in it") from None
+                raise UserError(
+                    f"output_dir {self.file.parent}: {owner} is working in it; wait for its end"
+                ) from None
             # A file system without locks: better without than never.
         self._stream = stream
         stream.truncate(0)
@@ -113,9 +121,11 @@ class FolderLock:
 
     def __exit__(self, *exception: object) -> None:
         if self._stream:
-            if list(self.file.parent.iterdir()) == [self.file]:  # nothing came of it: nothing stays
-                self.file.unlink()
-                self.file.parent.rmdir()
+            if self._made_folder:
+                with suppress(OSError):  # there is more in it: something came of it
+                    if list(self.file.parent.iterdir()) == [self.file]:
+                        self.file.unlink()
+                        self.file.parent.rmdir()
             self._stream.close()
             self._stream = None
 

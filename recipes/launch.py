@@ -140,7 +140,7 @@ def failures(accelerator: Accelerator) -> Iterator[None]:
         if _is_memory(error):
             what = "out of memory: give a smaller per_device_train_batch_size with more "
             what += "gradient_accumulation_steps, gradient_checkpointing, or a smaller model"
-        elif "DataLoader worker" in str(error):  # noticed wherever the main thread is
+        elif re.search(r"DataLoader worker (\(pid|gone)", str(error)):  # noticed wherever the main thread is
             what = "dataloader_num_workers: a worker is gone, perhaps for want of memory"
         elif accelerator.num_processes > 1 and is_lost:
             what = f"process {accelerator.process_index}: another process is gone or does not answer"
@@ -148,6 +148,14 @@ def failures(accelerator: Accelerator) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())
         raise Failure(f"{what}; the same command continues from the last checkpoint ({reason})") from error
+
+
+def is_gone(process: psutil.Process) -> bool:
+    """Whether a process has ended, buried or not."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _is_memory(error: Exception) -> bool:

@@ -6,16 +6,19 @@ import secrets
 import socket
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 
 import psutil
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from torch import distributed
 from transformers import PreTrainedTokenizerBase
 
 from recipes.arguments import PretrainingArguments
 from recipes.corpus import open_corpora
 from recipes.errors import Failure, UserError
 from recipes.files import make_cache_dir, write_json
+from recipes.launch import is_gone
 from recipes.stages import Stage, block_lengths, remaining_tokens
 from recipes.token_store import TokenStore, build_token_store
 from recipes.tokenization import prepare_tokenizer, tokenizer_fingerprint
@@ -86,16 +89,23 @@ def _prepare_once(
         except UserError as error:
             write_json(word, {"error": str(error)})
     while not word.exists():
-        if not preparer.is_running() or preparer.status() == psutil.STATUS_ZOMBIE:
+        if is_gone(preparer):
             raise Failure("the process that prepared the data is gone; the same command starts again")
         time.sleep(0.2)
     prepared = json.loads(word.read_text())
-    accelerator.wait_for_everyone()
+    _wait_for_other_machines()
     if accelerator.is_local_main_process:
         word.unlink(missing_ok=True)
     if "error" in prepared:
         raise UserError(prepared["error"])
     return prepared
+
+
+def _wait_for_other_machines() -> None:
+    """However long they tokenise, each its own copy; one that dies is noticed."""
+    group = distributed.new_group(backend="gloo", timeout=timedelta(days=30))
+    distributed.barrier(group)
+    distributed.destroy_process_group(group)
 
 
 def _preparer(accelerator: Accelerator) -> psutil.Process:

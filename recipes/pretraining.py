@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import (
@@ -62,6 +63,7 @@ from recipes.optimization import build_optimizer
 from recipes.preparation import prepare_data
 from recipes.publishing import Publisher, default_repository
 from recipes.run_record import Metrics, check_same_run, describe_run, differences
+from recipes.sampling import Samples
 from recipes.stages import Stage, block_lengths, build_stages, remaining_tokens
 from recipes.stopping import Stopped, StopRequest
 from recipes.token_store import unigram_cross_entropy
@@ -165,6 +167,8 @@ class Run:
         """Refuse a folder of another run before any work is done for this one."""
         self.record = describe_run(self.args, self.stages, self.accelerator.num_processes)
         self.found = check_same_run(self.output_dir, self.record)
+        state = None if self.found is None else "results" in self.found
+        _check_agreement(state, "processes found different runs; share output_dir")
         self.metrics.lines()  # a damaged file shows before any work
         if self.found and "results" not in self.found:
             self._together(self._lock)
@@ -315,7 +319,7 @@ class Run:
             report_skipped=self._report_skipped,
             stop=self.stop,
         )
-        self.stop.connect(accelerator)
+        self.stop.connect(accelerator, args.ddp_timeout)
 
     def resume(self) -> None:
         """Put the newest complete checkpoint in place, if there is one."""
@@ -347,10 +351,6 @@ class Run:
     def _make_output_dir(self) -> None:
         """Take the folder, unless another run has taken it since it was looked at."""
         if self.accelerator.is_main_process:
-            try:
-                self.output_dir.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"output_dir {self.output_dir}: cannot be made ({error.strerror})") from error
             self.lock.acquire()
             check_same_run(self.output_dir, self.record)
             for file in filter(is_aside, self.output_dir.iterdir()):  # of a process that was killed
@@ -391,22 +391,22 @@ class Run:
                     self._train()
                     break
                 except NotFinite as error:
-                    if not self._roll_back():
+                    if not self._roll_back(error.step):
                         self._end_diverged()
                         step = self.trainer.state.step
                         raise Diverged(console.diverged_line(self.output_dir, step)) from error
-            if self.stop.reason:
+            if self.stop.agreed:
                 self._end_stopped()
 
     def _train(self) -> None:
         trainer = self.trainer
         if self._owes_validation():
             self._evaluate(trainer.state)
-        if trainer.state.step == self.args.max_steps and not self.stop.reason:
+        if trainer.state.step == self.args.max_steps and not self.stop.agreed:
             last = self.output_dir / f"checkpoint-{self.args.max_steps}"
             if not broadcast_object_list([is_complete(last)])[0]:
                 self._save(trainer.state)  # it came from elsewhere
-        if not self.stop.reason:
+        if not self.stop.agreed:
             trainer.train()
 
     def _owes_validation(self) -> bool:
@@ -416,31 +416,38 @@ class Run:
         owes = step > 0 and self.trainer.is_due(self.args.eval_steps) and step not in measured
         return broadcast_object_list([owes])[0]  # as the main process sees the file
 
-    def _roll_back(self) -> bool:
-        """Go back to the newest checkpoint and on with data not seen since; whether that is possible."""
-        args, state = self.args, self.trainer.state
-        folder, _ = find_checkpoint(self.output_dir, None)
-        _check_agreement(str(folder), "processes found different checkpoints; share output_dir")
+    def _roll_back(self, step: int) -> bool:
+        """Go back to the newest checkpoint, and on with the data after update `step`, if that is possible.
+
+        Nothing in it depends on where the run was interrupted, or on when the update was noticed.
+        """
+        args, state, batches = self.args, self.trainer.state, self.trainer.batches
         too_many = state.nonfinite_updates > args.max_nonfinite_updates
-        if args.nonfinite_update != "rollback" or folder is None or too_many:
+        if args.nonfinite_update != "rollback" or too_many:
             return False
+        # As the main process sees the folder.
+        found, _ = find_checkpoint(self.output_dir, None, only_scheduled=True)
+        folder = broadcast_object_list([found])[0]
+        if folder is None:
+            return False
+        blocks = _blocks(batches.samples(step - 1))
         earlier = self._load(folder)
         earlier.nonfinite_updates = state.nonfinite_updates
-        earlier.data_offset = state.data_offset + state.step - earlier.step
+        earlier.data_offset = state.data_offset + step - earlier.step
         self.trainer.state = earlier
-        self.print(f"step {state.step:>7,}  not finite: going back to {folder}, and on with other data")
+        self.stop.reason = None  # asked for again after an update: a step back is no progress
+        self.print(console.skipped_line(step, blocks), f"{'':<14}going back to {folder}, on with other data")
         if self.accelerator.is_main_process:
             self.metrics.cut_back(earlier.step)
-        line = {"step": earlier.step + 1, "rolled_back_from": state.step, "data_offset": earlier.data_offset}
-        self._record(line | {"nonfinite_updates": earlier.nonfinite_updates})
+        line = {"step": earlier.step + 1, "rolled_back_from": step, "data_offset": earlier.data_offset}
+        line["nonfinite_updates"] = earlier.nonfinite_updates
+        self._record(line | {"corpus_block_epoch": blocks})
         return True
 
     def _report_skipped(self, steps: list[int]) -> None:
         """Say and record which updates were not made, and on which blocks."""
         for step in steps:
-            samples = self.trainer.batches.samples(step - 1)
-            ids = [samples.corpus.tolist(), samples.block.tolist(), samples.epoch.tolist()]
-            blocks = [list(sample) for sample in zip(*ids, strict=True)]
+            blocks = _blocks(self.trainer.batches.samples(step - 1))
             self.print(console.skipped_line(step, blocks))
             self._record({"step": step, "skipped": "not finite", "corpus_block_epoch": blocks})
 
@@ -474,7 +481,8 @@ class Run:
         below = self.unigram_cross_entropy - values["validation_loss"]
         self._record({"step": state.step, **values, "below_unigram_cross_entropy": below})
         if not math.isfinite(values["validation_loss"]):  # the same on every process
-            raise NotFinite(f"update {state.step}: the validation loss is not finite")
+            state.nonfinite_updates += 1
+            raise NotFinite(state.step)
         if self.accelerator.is_main_process:
             self._notice(state.step)
 
@@ -512,7 +520,7 @@ class Run:
             folder = self._write_checkpoint(state, model, optimizer)
         except NotWritten as error:
             words = f"step {state.step:>7,}  {self.output_dir}: checkpoint not saved ({error})"
-            if state.step == self.args.max_steps or self.stop.reason:
+            if state.step == self.args.max_steps or self.stop.agreed:
                 raise Failure(f"{words}; mend it, and the same command continues") from error
             self.print(f"{words}; training goes on, and the next one is tried")
             return
@@ -529,7 +537,9 @@ class Run:
     ) -> Path:
         with written_or_removed():
             self.metrics.sync()  # a checkpoint never knows more than the file
-        return save_checkpoint(self.output_dir, state, model, self.data.tokenizer, optimizer, self.record)
+        scheduled = self.trainer.is_due(self.args.save_steps)
+        folder, tokenizer = self.output_dir, self.data.tokenizer
+        return save_checkpoint(folder, state, model, tokenizer, optimizer, self.record, scheduled)
 
     # ---------------------------------------------------------------- after training
 
@@ -582,6 +592,11 @@ def build_model(args: PretrainingArguments, config: BertLnConfig) -> PreTrainedM
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model.train()
+
+
+def _blocks(samples: Samples) -> list[list[int]]:
+    """Corpus, block and epoch of each sample."""
+    return np.stack([samples.corpus, samples.block, samples.epoch], axis=1).tolist()
 
 
 def _check_agreement(value: Any, otherwise: str) -> None:

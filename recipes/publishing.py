@@ -16,7 +16,7 @@ from typing import Any
 from huggingface_hub import constants
 
 from recipes.arguments import PretrainingArguments
-from recipes.checkpointing import MARKER, step_of
+from recipes.checkpointing import MARKER, is_scheduled, step_of
 from recipes.hub_queue import LAST_CHECKPOINT, Entry, add_entry, pending, push_command, read_status
 from recipes.hub_session import words
 from recipes.model_card import model_card
@@ -63,7 +63,9 @@ class Publisher:
     def save(self, checkpoint: Path) -> None:
         """Queue a checkpoint that has just been saved, where the strategy wants it."""
         is_last = step_of(checkpoint) == self.args.max_steps  # it comes with the results
-        if self.args.hub_strategy != "end" and not is_last:
+        # What an interruption made is no part of the trajectory, but another machine may go on from it.
+        is_wanted = is_scheduled(checkpoint) or self.args.hub_strategy in STATE_FOLDERS
+        if self.args.hub_strategy != "end" and is_wanted and not is_last:
             self._try(lambda: self._queue(checkpoint))
 
     def finish(self, results: dict[str, Any]) -> None:

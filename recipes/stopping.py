@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from types import FrameType
 
 import psutil
@@ -17,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import distributed
 
-from recipes.launch import launcher_is_gone
+from recipes.launch import is_gone, launcher_is_gone
 
 # What schedulers, clouds and people send; Windows has not all of them.
 SIGNALS = [
@@ -25,8 +26,9 @@ SIGNALS = [
 ]
 # Where a parent said so, these are left to it: nohup, and jobs that a shell put into the background.
 LEFT_IF_IGNORED = ("SIGINT", "SIGHUP")
-# Reasons that are no signals, beside the numbers of those that are.
-TIME_IS_UP, LAUNCHER_IS_GONE = 1001, 1002
+# Reasons that are no signals, beside the numbers of those that are; the largest among all processes counts,
+# and a time limit is the weakest.
+NONE, TIME_IS_UP, LAUNCHER_IS_GONE = -1, 0, 1000
 # A study that starts runs says here which process they belong to.
 OWNER = "BERT_LN_OWNER"
 
@@ -35,7 +37,7 @@ class Stopped(KeyboardInterrupt):
     """The run was ended before its last update; the same command continues it."""
 
     def __init__(self, reason: int, step: int | None = None) -> None:
-        at = "before the first update" if step is None else f"at update {step:,}"
+        at = "outside training" if step is None else f"at update {step:,}"
         super().__init__(f"stopped {at}: {_words(reason)}; the same command continues")
         self.exit_code = 0 if reason == TIME_IS_UP else 128 + _signal_of(reason)
 
@@ -66,13 +68,19 @@ class StopRequest:
         """`max_train_time`: minutes since this process began."""
         self.reason: int | None = None
         """Why training ends, once all processes know."""
-        self._wish = 0
+        self._wish = NONE
         self._deferred = False
         self._group: distributed.ProcessGroup | None = None
         self._question: tuple[torch.Tensor, distributed.Work] | None = None
-        began = psutil.Process().create_time()
-        self._deadline = began + 60 * max_train_time if max_train_time is not None else float("inf")
+        age = time.time() - psutil.Process().create_time()
+        left = float("inf") if max_train_time is None else 60 * max_train_time - age
+        self._deadline = time.monotonic() + left
         self._owner = _owner()
+
+    @property
+    def agreed(self) -> bool:
+        """Whether all processes know that training ends."""
+        return self.reason is not None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -88,26 +96,29 @@ class StopRequest:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, handler or signal.SIG_DFL)  # None: one that Python does not know
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._wish = max(self._wish, number)
         if not self._deferred:
             raise Stopped(number)
 
-    def connect(self, accelerator: Accelerator) -> None:
-        """Let the processes ask each other, on a channel of its own that no accelerator waits for."""
+    def connect(self, accelerator: Accelerator, timeout: float) -> None:
+        """Let the processes ask each other, on a channel of its own that no accelerator waits for.
+
+        One that has not answered after `timeout` seconds is given up.
+        """
         if accelerator.num_processes > 1:
-            self._group = distributed.new_group(backend="gloo")
+            self._group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """While this lasts a signal waits until it is asked for."""
+        """While this lasts a signal waits until it is asked for; a second one changes nothing any more."""
         self._deferred = True
         try:
             yield
         finally:
-            self._deferred = False
+            self._deferred = self.agreed
 
     def ask(self) -> None:
         """Put the question to all processes; `answer` must follow. Nobody waits in between."""
@@ -123,8 +134,8 @@ class StopRequest:
             answer, work = self._question
             work.wait()
             wish = int(answer)
-        self.reason = wish or None
-        return self.reason is not None
+        self.reason = None if wish == NONE else wish
+        return self.agreed
 
     def is_urgent(self) -> bool:
         """Whether to stop in the middle of something: a time limit is no such reason."""
@@ -132,19 +143,11 @@ class StopRequest:
         self.answer()
         if self.reason == TIME_IS_UP:
             self.reason = None  # until it is asked for again
-        return self.reason is not None
+        return self.agreed
 
     def _current_wish(self) -> int:
-        if time.time() > self._deadline:
+        if time.monotonic() > self._deadline:
             self._wish = max(self._wish, TIME_IS_UP)
-        if launcher_is_gone() or self._owner_is_gone():
+        if launcher_is_gone() or (self._owner and is_gone(self._owner)):
             self._wish = max(self._wish, LAUNCHER_IS_GONE)
         return self._wish
-
-    def _owner_is_gone(self) -> bool:
-        if self._owner is None:
-            return False
-        try:
-            return not self._owner.is_running() or self._owner.status() == psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return True

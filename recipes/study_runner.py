@@ -85,7 +85,6 @@ def run_study(study: Study, parallel_runs: int) -> list[str]:
     waiting = [run for run in runs if run.results() is None]
     if not waiting:
         return []
-    study.output_dir.mkdir(parents=True, exist_ok=True)
     with FolderLock(study.output_dir) as lock:
         lock.acquire()
         _prepare(study)

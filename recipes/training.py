@@ -34,6 +34,11 @@ LOSS_UNIT = 2.0**-20
 class NotFinite(ArithmeticError):
     """A loss or a gradient is infinite or not a number, and training cannot just go on."""
 
+    def __init__(self, step: int) -> None:
+        """`step`: the first update that was not finite."""
+        super().__init__(f"update {step}: the loss or the gradient is not finite")
+        self.step = step
+
 
 @dataclass
 class Trainer:
@@ -79,11 +84,11 @@ class Trainer:
             self.stop.answer()
             if self.is_due(self.args.logging_steps):
                 self._log()
-            if self.is_due(self.args.eval_steps) and not self.stop.reason:
+            if self.is_due(self.args.eval_steps) and not self.stop.agreed:
                 self._off_the_clock(self.evaluate)
-            if self.is_due(self.args.save_steps) or self.stop.reason:
+            if self.is_due(self.args.save_steps) or self.stop.agreed:
                 self._off_the_clock(self.save)
-            if self.stop.reason:
+            if self.stop.agreed:
                 return
 
     def is_due(self, every: int) -> bool:
@@ -116,8 +121,9 @@ class Trainer:
 
     def _step_if(self, is_finite: torch.Tensor) -> None:
         """The optimiser's step, unless its gradient is not finite."""
-        if self.optimizer.defaults.get("fused"):
-            # Decided on the device, with what mixed precision has for it: the host does not wait.
+        # Decided on the device, with what mixed precision has for it, where the kernel knows it (not on MPS):
+        # the host does not wait.
+        if self.optimizer.defaults.get("fused") and is_finite.device.type in ("cpu", "cuda"):
             self.optimizer.optimizer.found_inf = (~is_finite).float()
             self.optimizer.step()
         elif is_finite:
@@ -188,12 +194,16 @@ class Trainer:
         self.grad_norms.clear()
         if norms:
             self.grad_norm = norms[-1]
-        if skipped:
-            self.state.nonfinite_updates += len(skipped)
-            self.report_skipped(skipped)
-            too_many = self.state.nonfinite_updates > self.args.max_nonfinite_updates
-            if self.args.nonfinite_update != "skip" or too_many:
-                raise NotFinite(f"update {skipped[0]}: the loss or the gradient is not finite")
+        if not skipped:
+            return
+        if self.args.nonfinite_update != "skip":
+            # How many followed the first depends on when it is looked for.
+            self.state.nonfinite_updates += 1
+            raise NotFinite(skipped[0])
+        self.state.nonfinite_updates += len(skipped)
+        self.report_skipped(skipped)
+        if self.state.nonfinite_updates > self.args.max_nonfinite_updates:
+            raise NotFinite(skipped[0])
 
     def _log(self) -> None:
         self._close_window()

@@ -1,11 +1,13 @@
 """Updates that are no number: skipped without a trace in the weights, gone back on, bounded, and told."""
 
+import contextlib
 import json
 import math
 
 import pytest
 import torch
 
+from recipes import pretraining
 from recipes.batches import TrainingBatches
 from recipes.diagnosis import Diverged
 from recipes.pretraining import pretrain
@@ -100,6 +102,7 @@ def test_going_back_takes_other_data(tiny, tmp_path, poison, monkeypatch, stop_a
     last = dict(seen)  # of each update, the data that it was made on in the end
     assert [last[step] for step in range(1, 13)] == [1, 2, 3, 4, 7, 8, 9, 10, 11, 12, 13, 14]
     (line,) = lines_about(tmp_path / "run")
+    assert len(line.pop("corpus_block_epoch")) == 8
     assert line == {"step": 5, "rolled_back_from": 6, "data_offset": 2, "nonfinite_updates": 1}
     train = [line["step"] for line in metrics_of(tmp_path / "run", "train_loss")]
     assert train == list(range(1, 13))
@@ -120,6 +123,59 @@ def test_going_back_is_the_same_when_it_is_done_again(tiny, tmp_path, poison):
     pretrain(tiny(**options))
     assert digest(run / "checkpoint-12") == digest(tmp_path / "whole" / "checkpoint-12")
     assert metrics_of(run) == metrics_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("logging_steps", [1, 5])
+@pytest.mark.parametrize("stop_at", [5, 6, 7])
+def test_going_back_is_the_same_wherever_it_is_interrupted(
+    tiny, tmp_path, poison, monkeypatch, stop_at, logging_steps
+):
+    """Before the bad update, at it, after it: to the checkpoint that was due, and past the first bad data."""
+    options = DROPOUT | {
+        "nonfinite_update": "rollback",
+        "logging_steps": logging_steps,
+        "save_total_limit": 1,
+    }
+    poison(6, 7)
+    pretrain(tiny(output_dir=str(tmp_path / "whole"), **options))
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        signal_at(patch, stop_at, "SIGTERM")
+        pretrain(tiny(**options))
+    pretrain(tiny(**options))
+    assert digest(tmp_path / "run" / "checkpoint-12") == digest(tmp_path / "whole" / "checkpoint-12")
+    assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "whole")
+    assert [f.name for f in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-12"]
+
+
+def test_a_time_limit_lets_going_back_go_on(tiny, tmp_path, poison):
+    options = DROPOUT | {"nonfinite_update": "rollback"}
+    poison(6)
+    pretrain(tiny(output_dir=str(tmp_path / "whole"), **options))
+    for _ in range(12):
+        with contextlib.suppress(Stopped):
+            pretrain(tiny(max_train_time=1e-6, **options))
+    pretrain(tiny(**options))
+    assert digest(tmp_path / "run" / "checkpoint-12") == digest(tmp_path / "whole" / "checkpoint-12")
+    assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "whole")
+
+
+def test_validations_that_are_no_number_are_counted_too(tiny, tmp_path, monkeypatch):
+    validations = []
+    monkeypatch.setattr(
+        pretraining.Run,
+        "_validate",
+        lambda self: validations.append(1) or {"validation_loss": math.nan, "validation_accuracy": 0.0},
+    )
+    with pytest.raises(Diverged):
+        pretrain(tiny(nonfinite_update="rollback", max_nonfinite_updates=2, save_steps=2))
+    assert len(validations) == 3
+
+
+def test_a_skipped_update_is_no_divergence(tiny, tmp_path, poison):
+    poison(4)
+    pretrain(tiny(logging_steps=4, **DROPOUT))
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["results"]["diagnosis"] != "diverged"
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_a_process_holds_half(runs):
 
 def test_interrupted_twice_it_ends_bit_for_bit(runs):
     names = {folder.name for folder in (runs / "stopped").glob("checkpoint-*")}
-    assert names == {f"checkpoint-{step}" for step in (3, 4, 7, 8)}
+    assert names == {"checkpoint-4", "checkpoint-8"}
     assert digest(runs / "stopped" / "checkpoint-8") == digest(runs / "fsdp" / "checkpoint-8")
     assert metrics_of(runs / "stopped") == metrics_of(runs / "fsdp")
 

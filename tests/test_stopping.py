@@ -108,7 +108,7 @@ def test_a_time_limit_of_one_update_at_a_time(tiny, tmp_path, whole):
 
 def test_before_training_a_signal_ends_the_program_at_once(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("recipes.pretraining.prepare_data", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(Stopped, match="before the first update: SIGTERM"):
+    with pytest.raises(Stopped, match="outside training: SIGTERM"):
         pretrain(tiny(**OPTIONS))
     assert not (tmp_path / "run").exists()
 
