@@ -16,7 +16,6 @@ from glue_eval.results import Results, summarise
 from glue_eval.submission import check_folder, check_submission, write_submission
 from glue_eval.tasks import TASKS, Task
 from recipes.errors import UserError
-from recipes.files import FolderLock
 from recipes.launch import check_num_processes, choose_precision
 
 
@@ -50,16 +49,14 @@ def evaluate(args: GlueArguments) -> list[str]:
     check_num_processes(workers.world_size, None)
     missing = [job for job in jobs if not results.has(job, args.save_model)]
     again = sum(results.file(job).exists() for job in missing)
-    with FolderLock(results.output_dir) as lock:
-        if workers.rank == 0:
-            print(*screen(models, jobs, missing, again, precision, workers, args), "", sep="\n")
-            lock.acquire()
-            results.begin(settings)
-        failed = run_jobs(jobs, workers, results, args.save_model, result_line)
-        if workers.rank == 0:
-            if workers.world_size > 1 and not failed:
-                wait_for_others(jobs, results, args.save_model)
-            finish(args, results, jobs, complete=not failed)
+    if workers.rank == 0:
+        print(*screen(models, jobs, missing, again, precision, workers, args), "", sep="\n")
+        results.begin(settings)
+    failed = run_jobs(jobs, workers, results, args.save_model, result_line)
+    if workers.rank == 0:
+        if workers.world_size > 1 and not failed:
+            wait_for_others(jobs, results, args.save_model)
+        finish(args, results, jobs, complete=not failed)
     return failed
 
 

@@ -16,7 +16,7 @@ from glue_eval.models import load_tokenizer, quiet
 from glue_eval.tasks import TASKS
 from recipes.checkpointing import write_model
 from recipes.errors import UserError
-from recipes.files import LOCK, aside_of, cached_folder, is_aside, write_json
+from recipes.files import aside_of, cached_folder, is_aside, write_json
 from recipes.intervals import mean_interval
 from recipes.run_record import check_writable
 
@@ -57,9 +57,7 @@ class Results:
 
     def _is_foreign(self) -> bool:
         folder = self.output_dir
-        if not folder.is_dir():
-            return folder.exists()
-        return not all(is_aside(file) or file.name == LOCK for file in folder.iterdir())
+        return folder.exists() and not (folder.is_dir() and all(map(is_aside, folder.iterdir())))
 
     def begin(self, settings: dict[str, Any]) -> None:
         """Write down what the folder's figures rest on; nothing where it is there already."""

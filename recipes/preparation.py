@@ -103,9 +103,7 @@ def _prepare_once(
 
 def _wait_for_other_machines() -> None:
     """However long they tokenise, each its own copy; one that dies is noticed."""
-    group = distributed.new_group(backend="gloo", timeout=timedelta(days=30))
-    distributed.barrier(group)
-    distributed.destroy_process_group(group)
+    distributed.barrier(distributed.new_group(backend="gloo", timeout=timedelta(days=30)))
 
 
 def _preparer(accelerator: Accelerator) -> psutil.Process:

@@ -454,6 +454,7 @@ class Run:
     def _end_stopped(self) -> None:
         """Leave after a checkpoint has been saved; what is not pushed yet stays queued."""
         self.accelerator.wait_for_everyone()
+        self.stop.disconnect()
         self.tracker.finish()
         raise Stopped(self.stop.reason, self.trainer.state.step)
 
@@ -563,6 +564,7 @@ class Run:
         """End together, then wait for the last push alone."""
         # A process that leaves while another still talks to it makes that one crash.
         self.accelerator.wait_for_everyone()
+        self.stop.disconnect()
         self.tracker.finish()
         if self.publisher:
             self.publisher.wait()

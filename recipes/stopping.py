@@ -77,6 +77,12 @@ class StopRequest:
         self._deadline = time.monotonic() + left
         self._owner = _owner()
 
+    def disconnect(self) -> None:
+        """Close the channel, on which nobody says anything any more; its threads must not outlive Python."""
+        if self._group:
+            distributed.destroy_process_group(self._group)
+        self._group = self._question = None
+
     @property
     def agreed(self) -> bool:
         """Whether all processes know that training ends."""

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from recipes.arguments import DataArguments, PretrainingArguments
-from recipes.diagnosis import LOSSES
 from recipes.errors import UserError
 from recipes.run_record import OPERATIONAL, Metrics, model_settings
 from recipes.study import Study, arm_label
 
+# Null in a line where they were no number.
+LOSSES = ("train_loss", "validation_loss", "grad_norm")
 TRAIN = ("step", "train_loss", "learning_rate", "grad_norm", "tokens_seen", "elapsed_seconds")
 # Where data comes from differs between machines; fingerprints say whether it is the same.
 FROM_FINGERPRINTS = set(DataArguments.__dataclass_fields__) - {"max_seq_length"}

@@ -316,7 +316,7 @@ def test_a_question_that_hangs_is_given_up(hub, run, monkeypatch, match):
     assert "does not answer" in line
 
 
-@pytest.mark.parametrize("match", [f"GET /api/models/{MODEL}$", "/tree/", "resolve/.*/state.pt"])
+@pytest.mark.parametrize("match", [f"GET /api/models/{MODEL}$", "/tree/", "resolve/.*/optimizer.pt"])
 def test_a_download_that_hangs_is_given_up(with_states, monkeypatch, match):
     monkeypatch.setattr(hub_access, "PATIENCE", 0.2)
     with_states.fail(match, None, "hang")
@@ -354,7 +354,8 @@ def test_what_is_no_reference(name):
 
 def state(step):
     """Files of a checkpoint with the state of its trainer."""
-    files = {"model.safetensors": f"weights {step}", "trainer/state.pt": f"state {step}"}
+    files = {"model.safetensors": f"weights {step}", "trainer/optimizer.pt": f"moments {step}"}
+    files |= {"trainer/state.json": json.dumps({"step": step}), "trainer/run.json": "{}"}
     hashes = {path: sha256(content.encode()) for path, content in files.items()}
     return files | {MARKER: json.dumps({"format": FORMAT, "step": step, "files": hashes})}
 
@@ -437,7 +438,7 @@ def test_a_newer_push_is_fetched(with_states):
     with_states.repos[MODEL].write(inside("last-checkpoint", state(12)))
     fetch_checkpoint("resume_from_checkpoint", f"hub:{MODEL}")
     found = cached_checkpoint("resume_from_checkpoint", f"hub:{MODEL}")
-    assert (found / "trainer" / "state.pt").read_text() == "state 12"
+    assert (found / "trainer" / "optimizer.pt").read_text() == "moments 12"
 
 
 def test_a_private_one_needs_its_token(with_states, monkeypatch):
@@ -468,7 +469,7 @@ def test_without_a_hub_the_cache_will_do(with_states, monkeypatch, trouble, cach
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     if cached:
         fetch_checkpoint("resume_from_checkpoint", reference)
-        assert (cached_checkpoint("x", reference) / "trainer" / "state.pt").read_text() == "state 8"
+        assert (cached_checkpoint("x", reference) / "trainer" / "optimizer.pt").read_text() == "moments 8"
     else:
         with pytest.raises(UserError, match=f"resume_from_checkpoint {reference}") as raised:
             fetch_checkpoint("resume_from_checkpoint", reference)
@@ -483,7 +484,7 @@ def test_what_is_not_there_is_named(with_states, reference):
 
 
 def test_a_checkpoint_of_which_a_part_did_not_arrive_is_none(with_states):
-    with_states.fail("GET .*/last-checkpoint/trainer/state.pt", None, 503)
+    with_states.fail("GET .*/last-checkpoint/trainer/optimizer.pt", None, 503)
     with pytest.raises(UserError):
         fetch_checkpoint("resume_from_checkpoint", f"hub:{MODEL}")
     with_states.heal()

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from recipes import pretraining
 from recipes.batches import TrainingBatches
@@ -201,8 +202,6 @@ def test_the_weights_stay_finite(tiny, tmp_path, poison):
     poison(6)
     with pytest.raises(Diverged):
         pretrain(tiny(nonfinite_update="stop", save_steps=1))
-    from safetensors.torch import load_file
-
     for folder in (tmp_path / "run").glob("checkpoint-*"):
         assert all(torch.isfinite(w).all() for w in load_file(folder / "model.safetensors").values())
     assert not (tmp_path / "run" / "checkpoint-6").exists()

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ from tests.test_training import DROPOUT, digest
 OPTIONS = DROPOUT | {"logging_steps": 5, "max_steps": 12}
 # Long enough to be interrupted from outside, with lines that show how far it is.
 LONG = DROPOUT | {"logging_steps": 7, "max_steps": 120, "save_steps": 50, "eval_steps": 30}
+SLOW = pytest.mark.slow
 CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 138, "SIGHUP": 129}
 
 
@@ -180,7 +182,7 @@ def ends_equal(launch, folder, long_runs, processes):
     assert_equal(folder, long_runs / str(processes), 120)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGKILL", marks=SLOW)])
 def test_a_launcher_that_goes_takes_the_run_with_it(launch, begin, tmp_path, long_runs, name):
     """`accelerate launch` does not forward SIGTERM, and leaves its child behind."""
     folder = tmp_path / "run"
@@ -193,7 +195,7 @@ def test_a_launcher_that_goes_takes_the_run_with_it(launch, begin, tmp_path, lon
     ends_equal(launch, folder, long_runs, 1)
 
 
-@pytest.mark.parametrize("whom", ["the launcher", "one process", "both"])
+@pytest.mark.parametrize("whom", ["the launcher", pytest.param("both", marks=SLOW), "one process"])
 def test_two_processes_stop_at_the_same_update(launch, begin, tmp_path, long_runs, whom):
     folder = tmp_path / "run"
     started, trainers = begin(folder, processes=2)
@@ -208,7 +210,7 @@ def test_two_processes_stop_at_the_same_update(launch, begin, tmp_path, long_run
     ends_equal(launch, folder, long_runs, 2)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=SLOW), 1])
 def test_a_process_that_dies_stops_the_other_with_a_line(launch, begin, tmp_path, long_runs, rank):
     folder = tmp_path / "run"
     started, trainers = begin(folder, processes=2)
@@ -222,7 +224,7 @@ def test_a_process_that_dies_stops_the_other_with_a_line(launch, begin, tmp_path
 
 
 def test_a_process_that_hangs_is_given_up(begin, tmp_path):
-    started, trainers = begin(tmp_path / "run", processes=2, ddp_timeout=5)
+    started, trainers = begin(tmp_path / "run", processes=2, ddp_timeout=20)
     (silent,) = [p for p in trainers if p.environ()["RANK"] == "1"]
     silent.suspend()
     wait_for(lambda: any(map(is_gone, trainers)))
@@ -267,8 +269,6 @@ def test_the_waiting_process_notices_that_nobody_prepares(tmp_path):
 
 
 def free_port():
-    import socket
-
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
