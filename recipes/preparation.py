@@ -6,12 +6,10 @@ import secrets
 import socket
 import time
 from dataclasses import dataclass
-from datetime import timedelta
 
 import psutil
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from torch import distributed
 from transformers import PreTrainedTokenizerBase
 
 from recipes.arguments import PretrainingArguments
@@ -93,17 +91,12 @@ def _prepare_once(
             raise Failure("the process that prepared the data is gone; the same command starts again")
         time.sleep(0.2)
     prepared = json.loads(word.read_text())
-    _wait_for_other_machines()
+    accelerator.wait_for_everyone()
     if accelerator.is_local_main_process:
         word.unlink(missing_ok=True)
     if "error" in prepared:
         raise UserError(prepared["error"])
     return prepared
-
-
-def _wait_for_other_machines() -> None:
-    """However long they tokenise, each its own copy; one that dies is noticed."""
-    distributed.barrier(distributed.new_group(backend="gloo", timeout=timedelta(days=30)))
 
 
 def _preparer(accelerator: Accelerator) -> psutil.Process:

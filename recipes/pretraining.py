@@ -95,6 +95,7 @@ def pretrain(args: PretrainingArguments) -> None:
     stop, threads = StopRequest(args.max_train_time), set_threads()
     # While processes look for each other a signal must end them as ever: no handler of ours would be called.
     accelerator = _build_accelerator(args)
+    stop.connect(accelerator, args.ddp_timeout)
     with stop.watching():
         check_num_processes(accelerator.num_processes, args.num_processes)
         run = Run(args, accelerator, build_stages(args), stop)
@@ -103,6 +104,8 @@ def pretrain(args: PretrainingArguments) -> None:
             run.check_hub()
             run.prepare()
             if run.show_finished():
+                accelerator.wait_for_everyone()
+                stop.disconnect()
                 return
             run.build()
             run.resume()
@@ -319,7 +322,6 @@ class Run:
             report_skipped=self._report_skipped,
             stop=self.stop,
         )
-        self.stop.connect(accelerator, args.ddp_timeout)
 
     def resume(self) -> None:
         """Put the newest complete checkpoint in place, if there is one."""
