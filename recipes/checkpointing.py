@@ -25,6 +25,8 @@ from recipes.tokenization import save_tokenizer
 
 FORMAT = 1
 MARKER = "complete.json"
+# What it says; no checksum covers its names, so others are damage.
+MARKED = {"format", "step", "scheduled", "files"}
 WEIGHTS, MOMENTS, STATE = "model.safetensors", "trainer/optimizer.pt", "trainer/state.json"
 # Without which nothing can go on.
 NEEDED = (WEIGHTS, MOMENTS, STATE, "trainer/run.json")
@@ -243,6 +245,8 @@ def damage_of(folder: Path) -> str | None:
     try:
         marker = json.loads((folder / MARKER).read_text())
         expected, version, step = dict(marker["files"]), marker["format"], marker["step"]
+        if not marker.keys() <= MARKED:
+            raise KeyError
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return f"damaged ({MARKER})"
     if version != FORMAT:

@@ -44,6 +44,8 @@ def steps(run):
 def check_taken(run):
     """Takes what is to be pushed now, which is whole; its folder and step."""
     folder = take_next(run)
+    if folder is None:
+        return None
     step = read_entry(folder).step
     assert read_folder(folder / "files") == expected_files(step)
     return folder, step
@@ -253,10 +255,10 @@ def test_a_run_may_replace_what_a_pusher_is_about_to_take(tmp_path, keep):
     def push():
         try:
             while not done.is_set() or pending(tmp_path):
-                if pending(tmp_path):
-                    folder, step = check_taken(tmp_path)
-                    pushed.append(step)
-                    remove(folder)
+                # What is there a moment may be replaced the next.
+                if pending(tmp_path) and (taken := check_taken(tmp_path)):
+                    pushed.append(taken[1])
+                    remove(taken[0])
         except Exception as error:
             failures.append(error)
 
