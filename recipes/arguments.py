@@ -116,8 +116,8 @@ class OptimizationArguments:
     """Table of {steps, max_seq_length, per_device_train_batch_size, gradient_accumulation_steps} one
     after the other, such as 128 then 512."""
     optim: str = "adamw_torch_fused"
-    """Optimiser: adamw_torch, adamw_torch_fused, radam or sgd (without momentum; its decay is not
-    decoupled)."""
+    """Optimiser: adamw_torch, adamw_torch_fused, muon (for matrices; fused AdamW for the rest, at the same
+    learning rate), radam or sgd (without momentum; its decay is not decoupled)."""
     learning_rate: float = 1e-4
     """Peak learning rate."""
     lr_scheduler_type: str = "linear"
@@ -280,7 +280,7 @@ CHECKS: dict[str, Check] = {
     "adam_beta1": _DECAY,
     "adam_beta2": _DECAY,
     "masking_unit": _one_of("token", "whole_word", "span"),
-    "optim": _one_of("adamw_torch", "adamw_torch_fused", "radam", "sgd"),
+    "optim": _one_of("adamw_torch", "adamw_torch_fused", "muon", "radam", "sgd"),
     "lr_scheduler_type": _one_of(
         "linear", "constant", "constant_with_warmup", "cosine", "inverse_sqrt", "warmup_stable_decay"
     ),

@@ -2,10 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
 from bert_ln.modeling_bert_ln import NO_WEIGHT_DECAY
 from recipes.arguments import OptimizationArguments
@@ -13,32 +16,87 @@ from recipes.arguments import OptimizationArguments
 Groups = list[dict[str, Any]]
 
 
-def build_optimizer(model: nn.Module, args: OptimizationArguments) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, args: OptimizationArguments) -> Optimizer:
     """The optimiser that `args.optim` names, with BERT's parameter groups."""
+    return OPTIMIZERS[args.optim](model, args)
+
+
+def _groups(model: nn.Module, args: OptimizationArguments) -> Groups:
     decayed, rest = split_parameters(model)
-    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return OPTIMIZERS[args.optim](groups, args)
+    return [{"params": decayed, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 
-def _adamw(groups: Groups, args: OptimizationArguments) -> torch.optim.Optimizer:
+def _adamw(model: nn.Module, args: OptimizationArguments) -> Optimizer:
     """AdamW (Loshchilov and Hutter 2019).
 
     It differs from BERT's own Adam in correcting the bias of the moments, as every current recipe does.
     """
-    return torch.optim.AdamW(groups, fused=args.optim == "adamw_torch_fused", **_adam_options(args))
+    fused = args.optim == "adamw_torch_fused"
+    return torch.optim.AdamW(_groups(model, args), fused=fused, **_adam_options(args))
 
 
-def _radam(groups: Groups, args: OptimizationArguments) -> torch.optim.Optimizer:
+def _radam(model: nn.Module, args: OptimizationArguments) -> Optimizer:
     """Rectified Adam (Liu et al. 2020), which has a warm-up of its own; decay is decoupled as in AdamW."""
-    return torch.optim.RAdam(groups, decoupled_weight_decay=True, **_adam_options(args))
+    return torch.optim.RAdam(_groups(model, args), decoupled_weight_decay=True, **_adam_options(args))
 
 
-def _sgd(groups: Groups, args: OptimizationArguments) -> torch.optim.Optimizer:
+def _sgd(model: nn.Module, args: OptimizationArguments) -> Optimizer:
     """Plain stochastic gradient descent without momentum, as in Xiong et al. 2020, section 3.2.
 
     `weight_decay` is added to the gradient here: it is not decoupled.
     """
-    return torch.optim.SGD(groups, lr=args.learning_rate)
+    return torch.optim.SGD(_groups(model, args), lr=args.learning_rate)
+
+
+def _muon(model: PreTrainedModel, args: OptimizationArguments) -> Optimizer:
+    """Muon for the matrices between hidden states, fused AdamW for the rest, at one learning rate.
+
+    Of a matrix, momentum (0.95, Nesterov) is brought near to the nearest matrix whose singular values are 1,
+    by five steps of Newton and Schulz in bfloat16, and multiplied by 0.2 sqrt(max(rows, columns)). Its root
+    mean square is then about 0.2, which is reported for AdamW's updates too: `learning_rate`, its schedule
+    and `weight_decay` mean what they mean for AdamW. Queries, keys and values are matrices of their own.
+
+    Sources: Jordan et al. 2024, kellerjordan.github.io/posts/muon; the factor: Liu et al. 2025, arXiv
+    2502.16982. Both are as recalled, and as `torch.optim.Muon` computes and documents them.
+    """
+    hidden = hidden_matrices(model)
+    ids = {id(p) for p in hidden}
+    rest = _groups(model, args)
+    for group in rest:
+        group["params"] = [p for p in group["params"] if id(p) not in ids]
+    options = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+    muon = torch.optim.Muon([{"params": hidden}], adjust_lr_fn="match_rms_adamw", **options)
+    return Combined(muon, torch.optim.AdamW(rest, fused=True, **_adam_options(args)))
+
+
+class Combined(Optimizer):
+    """Optimisers of different parameters as one: one list of groups, one state, one step.
+
+    Groups and state are kept here, where learning rates are set and checkpoints loaded, and lent to the parts
+    for each step.
+    """
+
+    def __init__(self, *parts: Optimizer) -> None:
+        self.parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], defaults={})
+
+    def step(self, closure: None = None) -> None:
+        """Let each part update its parameters; a closure is not supported."""
+        groups = iter(self.param_groups)
+        for part in self.parts:
+            part.param_groups, part.state = list(islice(groups, len(part.param_groups))), self.state
+            part.step()
+
+
+def hidden_matrices(model: PreTrainedModel) -> list[nn.Parameter]:
+    """The weights of all linear maps from hidden states to hidden states.
+
+    That is those of the layers and the transform of the masked-language-model head, which is one more such
+    map. The embeddings and the decoder, tied or not, have a row for each token: each is a vector of its own.
+    """
+    decoder = model.get_output_embeddings()
+    maps = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not decoder]
+    return [m.weight for m in maps if m.weight.requires_grad]
 
 
 def _adam_options(args: OptimizationArguments) -> dict[str, Any]:
@@ -49,9 +107,10 @@ def _adam_options(args: OptimizationArguments) -> dict[str, Any]:
     }
 
 
-OPTIMIZERS: dict[str, Callable[[Groups, OptimizationArguments], torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adamw_torch": _adamw,
     "adamw_torch_fused": _adamw,
+    "muon": _muon,
     "radam": _radam,
     "sgd": _sgd,
 }

@@ -100,7 +100,7 @@ def bad_validation_at(step):
 def recording(self):
     """Note what each process held."""
     TRAIN(self)
-    moments = [state["exp_avg"] for state in self.optimizer.state.values()]
+    moments = [next(m for m in state.values() if m.ndim) for state in self.optimizer.state.values()]
     held = [m.to_local().numel() if isinstance(m, DTensor) else m.numel() for m in moments]
     file = Path(self.args.output_dir) / f"held-{self.accelerator.process_index}.json"
     file.write_text(json.dumps([sum(held), sum(m.numel() for m in moments)]))

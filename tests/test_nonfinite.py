@@ -46,7 +46,7 @@ def lines_about(folder):
     return [line for line in metrics_of(folder) if "skipped" in line or "rolled_back_from" in line]
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch", "radam", "sgd"])
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch", "radam", "sgd", "muon"])
 @pytest.mark.parametrize("bad", [(1,), (5, 6)])
 def test_a_skipped_update_leaves_no_trace(tiny, tmp_path, poison, monkeypatch, optim, bad):
     """Weights and moments are those of a run whose optimiser was not called there; the schedule goes on."""
