@@ -73,6 +73,24 @@ class BertLnEmbeddings(BertEmbeddings):
         super().__init__(config)
         self.LayerNorm = build_norm(config, config.hidden_size) if config.embedding_norm else nn.Identity()
 
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values_length: int = 0,
+    ) -> torch.Tensor:
+        """Embed `[batch, length]` ids as `[batch, length, hidden]`; arguments as in `BertEmbeddings`."""
+        is_plain = token_type_ids is None and position_ids is None and inputs_embeds is None
+        if not is_plain or past_key_values_length:
+            return super().forward(
+                input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length
+            )
+        # Every row has the same types and positions: a sum over rows goes back into them, and no scattering.
+        same = self.position_embeddings.weight[: input_ids.shape[1]] + self.token_type_embeddings.weight[0]
+        return self.dropout(self.LayerNorm(self.word_embeddings(input_ids) + same))
+
 
 class BertLnAttention(BertAttention):
     """Attention as a residual branch: self-attention, or cross-attention in a decoder."""
@@ -124,8 +142,8 @@ class BertLnLayer(BertLayer):
         self.seq_len_dim = 1
         self.is_decoder = config.is_decoder
         self.add_cross_attention = config.add_cross_attention
-        is_last = layer_idx == config.num_hidden_layers - 1
-        self.has_window = not (is_last and config.attention_window_global == "last_layer")
+        self.is_last = layer_idx == config.num_hidden_layers - 1
+        self.has_window = not (self.is_last and config.attention_window_global == "last_layer")
         self.attention = BertLnAttention(config, is_causal=config.is_decoder, layer_idx=layer_idx)
         if config.add_cross_attention:
             self.crossattention = BertLnAttention(config, layer_idx=layer_idx, is_cross_attention=True)
@@ -147,17 +165,22 @@ class BertLnLayer(BertLayer):
         *args: Any,
         window_mask: torch.Tensor | None = None,
         segments: torch.Tensor | None = None,
+        needed_positions: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Stream:
         """Return the new stream, see `placements`; arguments as in `BertLayer`, and
 
         `window_mask`, the attention mask where the layer has a window, in the form of `attention_mask`;
-        `segments` `[batch, length]`, for the norms that cross tokens (`norms.segments_of`).
+        `segments` `[batch, length]`, for the norms that cross tokens (`norms.segments_of`);
+        `needed_positions` `[batch, n]`: the last layer of an encoder returns the stream there only.
         """
         if window_mask is not None and self.has_window:
             attention_mask = window_mask
         with segments_of(self, segments):
-            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+            if needed_positions is None or not self.is_last:
+                return super().forward(hidden_states, attention_mask, *args, **kwargs)
+            stream, _ = self.attention(hidden_states, attention_mask, **kwargs)
+            return self.feed_forward_chunk(at_positions(stream, needed_positions))
 
     def feed_forward_chunk(self, attention_output: Stream) -> Stream:
         """Apply the feed-forward branch to the stream."""
@@ -442,31 +465,53 @@ class BertLnModel(BertLnPreTrainedModel, BertModel):
         )
 
 
+def at_positions(stream: Stream, positions: torch.Tensor) -> Stream:
+    """Return a stream `[batch, length, hidden]` at `positions` `[batch, n]`: `[batch, n, hidden]`.
+
+    What a placement hands on besides may be a factor, which has no positions.
+    """
+    if isinstance(stream, tuple):
+        return tuple(part if part.ndim < 3 else at_positions(part, positions) for part in stream)
+    return stream.gather(1, positions.unsqueeze(-1).expand(-1, -1, stream.shape[-1]))
+
+
 def select_predictions(
     config: BertLnConfig,
     hidden: torch.Tensor,
     labels: torch.Tensor | None,
     masked_positions: torch.Tensor | None,
+    are_selected: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the hidden states to score and their labels; see `BertLnForMaskedLM.forward` for the shapes.
 
     Without sparse prediction, or with nothing that says where the masks are, that is everything as it came.
+    `are_selected` says that `hidden` is that of `masked_positions` already.
     """
     if masked_positions is None:
         if not config.sparse_prediction or labels is None:
             return hidden, labels
         is_masked = labels != IGNORED
         return hidden[is_masked], labels[is_masked]  # [masked, hidden], [masked]
+    selected = hidden if are_selected else at_positions(hidden, masked_positions)
+    return selected.flatten(0, 1), None if labels is None else labels.flatten()
+
+
+def check_positions(
+    config: BertLnConfig,
+    batch: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    masked_positions: torch.Tensor | None,
+) -> None:
+    """Raise ValueError where `masked_positions` do not fit the config, the labels or the rows of `batch`."""
+    if masked_positions is None or batch is None:
+        return
     if not config.sparse_prediction:
         raise ValueError("masked_positions need a config with sparse_prediction=True")
     if labels is not None and labels.shape != masked_positions.shape:
         shapes = f"{tuple(labels.shape)} and {tuple(masked_positions.shape)}"
         raise ValueError(f"labels and masked_positions must be aligned, got shapes {shapes}")
-    if len(masked_positions) != len(hidden):
-        raise ValueError(f"masked_positions have {len(masked_positions)} rows, the batch has {len(hidden)}")
-    index = masked_positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
-    selected = hidden.gather(1, index).flatten(0, 1)  # [batch * capacity, hidden]
-    return selected, None if labels is None else labels.flatten()
+    if len(masked_positions) != len(batch):
+        raise ValueError(f"masked_positions have {len(masked_positions)} rows, the batch has {len(batch)}")
 
 
 def masked_lm_loss(
@@ -521,8 +566,14 @@ class BertLnForMaskedLM(BertLnPreTrainedModel, BertForMaskedLM):
         | true | `labels` `[batch, length]` | `[masked, vocab]`, where the labels are not -100 |
         | true | `masked_positions` and `labels` `[batch, capacity]` | static `[batch * capacity, vocab]` |
 
-        Unused entries of `masked_positions` may hold any position, with the label -100.
+        Unused entries of `masked_positions` may hold any position, with the label -100. With them the last
+        feed-forward block of an encoder works at these positions only, unless hidden states are asked for or
+        the norm crosses tokens: nobody would look at the others.
         """
+        check_positions(
+            self.config, input_ids if inputs_embeds is None else inputs_embeds, labels, masked_positions
+        )
+        is_narrow = masked_positions is not None and not self._needs_all_positions(kwargs)
         outputs = self.bert(
             input_ids,
             attention_mask=attention_mask,
@@ -532,14 +583,33 @@ class BertLnForMaskedLM(BertLnPreTrainedModel, BertForMaskedLM):
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
             return_dict=True,
+            **({"needed_positions": masked_positions} if is_narrow else {}),
             **kwargs,
         )
-        hidden, labels = select_predictions(self.config, outputs.last_hidden_state, labels, masked_positions)
-        logits = self.cls(hidden)
-        loss = None if labels is None else masked_lm_loss(logits, labels, num_items_in_batch)
+        hidden, labels = select_predictions(
+            self.config, outputs.last_hidden_state, labels, masked_positions, are_selected=is_narrow
+        )
+        logits, loss = self.score(hidden, labels, num_items_in_batch)
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
+
+    def score(
+        self,
+        hidden: torch.Tensor,
+        labels: torch.Tensor | None,
+        num_items_in_batch: int | torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return logits `[..., vocab]` of `hidden` `[..., hidden]`, and with `labels` the loss."""
+        logits = self.cls(hidden)
+        return logits, None if labels is None else masked_lm_loss(logits, labels, num_items_in_batch)
+
+    def _needs_all_positions(self, asked: dict[str, Any]) -> bool:
+        """Whether the last layer must work where nothing is predicted, too."""
+        hidden_states = asked.get("output_hidden_states")
+        records = self.config.output_hidden_states if hidden_states is None else hidden_states
+        crosses_tokens = NORMS[self.config.norm_type].crosses_tokens
+        return bool(records or crosses_tokens or self.config.is_decoder or not self.config.num_hidden_layers)
 
 
 class BertLnForPreTraining(BertLnPreTrainedModel, BertForPreTraining):
@@ -579,6 +649,7 @@ class BertLnForPreTraining(BertLnPreTrainedModel, BertForPreTraining):
             return_dict=True,
             **kwargs,
         )
+        check_positions(self.config, outputs.last_hidden_state, labels, masked_positions)
         hidden, labels = select_predictions(self.config, outputs.last_hidden_state, labels, masked_positions)
         logits, pair_logits = self.cls(hidden, outputs.pooler_output)
         loss = None

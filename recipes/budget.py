@@ -38,12 +38,14 @@ def training_flops(config: BertLnConfig, max_seq_length: int, predicted_share: f
 
     Matrix products only, 2 operations for a multiply-add. Per layer: 4 d^2 for query, key, value and output,
     2 d d_ff for the feed-forward block, 2 L d for scores and weighted sum; the head, d^2 + d V, for the
-    share of tokens that is predicted. (Kaplan et al. 2020, "Scaling Laws", Table 1, with a sparse head.)
+    share of tokens that is predicted, and so the last feed-forward block, whose other outputs nothing needs.
+    (Kaplan et al. 2020, "Scaling Laws", Table 1, with a sparse head.)
     """
-    d, d_ff = config.hidden_size, config.intermediate_size
-    layer = 4 * d * d + 2 * d * d_ff + 2 * max_seq_length * d
+    d, layers = config.hidden_size, config.num_hidden_layers
+    attention, feed_forward = 4 * d * d + 2 * max_seq_length * d, 2 * d * config.intermediate_size
     head = (d * d + d * config.vocab_size) * predicted_share
-    return 3 * 2 * (config.num_hidden_layers * layer + head)
+    feed_forwards = (layers - 1 + predicted_share) * feed_forward if layers else 0
+    return 3 * 2 * (layers * attention + feed_forwards + head)
 
 
 def total_flops(

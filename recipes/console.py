@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import constants
 from transformers import PreTrainedModel
 
+from bert_ln.norms import NORMS
 from recipes.budget import ASSUMED_MFU, total_flops
 from recipes.diagnosis import CAUSES
+from recipes.fast_paths import choose_attention
 from recipes.hub_queue import hub_folder, pending, push_command
 from recipes.hub_session import without_secrets
 from recipes.sharding import is_sharded
@@ -41,7 +43,8 @@ def cost_screen(run: "Run", threads: str) -> list[str]:
         f"{peak.flops / 1e9:,.0f} GFLOP/s ({peak.source})",
         f"processes   {processes} on {run.accelerator.device}, {threads}{parts}",
         f"precision   {run.precision}",
-        f"attention   {_describe_attention(run.model, args.attn_implementation, args.isolate_documents)}",
+        f"attention   {_describe_attention(run)}",
+        f"compute     {_describe_compute(run)}",
         f"validation  {v.blocks} blocks, {v.masked_tokens:,} masked tokens, masks {v.mask_fingerprint}",
         *_hub(run),
         *_notes(args.model.get("norm_placement"), args.warmup_steps),
@@ -182,8 +185,18 @@ def _word(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value).lower()
 
 
-def _describe_attention(model: PreTrainedModel, requested: str | None, isolated: bool) -> str:
-    why = "as you set" if requested else "transformers' choice where torch has it"
+def _describe_compute(run: "Run") -> str:
+    """What is not computed as it is written."""
+    narrow = not NORMS[run.config.norm_type].crosses_tokens
+    where = "head and last feed-forward block" if narrow else "head"
+    compiled = "layers and head compiled, as you set" if run.args.torch_compile else "not compiled"
+    return f"{where} at masked positions only, {compiled}; {run.args.optim}"
+
+
+def _describe_attention(run: "Run") -> str:
+    model, isolated = run.model, run.args.isolate_documents
+    length = max(stage.max_seq_length for stage in run.stages)
+    _, why = choose_attention(run.args.attn_implementation, run.accelerator.device, run.bf16, length)
     mask = "block-diagonal mask, one block a document" if isolated else "no mask: blocks are full"
     if window := model.config.attention_window:
         what = "before" if model.config.attention_window_causal else "around"

@@ -18,6 +18,7 @@ from recipes.arguments import PretrainingArguments
 from recipes.batches import Batch
 from recipes.budget import Peak
 from recipes.errors import UserError
+from recipes.fast_paths import keep_memory
 from recipes.gallery_report import REFERENCE, Method, methods_of
 from recipes.launch import choose_precision, set_threads
 from recipes.optimization import build_optimizer
@@ -72,6 +73,7 @@ def measure(record: dict[str, Any], updates: int = UPDATES) -> dict[str, Any]:
     learning rate is 0: random ids teach nothing, and the speed does not depend on it.
     """
     threads = set_threads()
+    keep_memory()
     args = PretrainingArguments(**record["options"])
     stage = build_stages(args)[0]
     changes = {"max_steps": updates, "eval_steps": updates, "save_steps": updates, "stages": None}
@@ -79,8 +81,8 @@ def measure(record: dict[str, Any], updates: int = UPDATES) -> dict[str, Any]:
         args, **changes, logging_steps=max(1, updates // 5), learning_rate=0.0, lr_scheduler_type="constant"
     )
     torch.manual_seed(0)
-    model = build_model(args, BertLnConfig(**record["model_config"]))
     accelerator = Accelerator(mixed_precision="no")
+    model = build_model(args, BertLnConfig(**record["model_config"]), accelerator.device)
     wrapped, optimizer = accelerator.prepare(model, build_optimizer(model, args))
     batch = _random_batch(stage, args.mlm_probability, model.config.vocab_size)
     bf16, _ = choose_precision(args.bf16, accelerator.device)

@@ -242,7 +242,7 @@ class GradientStudy:
         config = model_config(args, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
         if point.kind == "bert":
             config.initializer = "normal"  # whatever the placement brings
-        model = build_model(args, config)
+        model = build_model(args, config, torch.device("cpu"))
         INITS[point.kind](model)
         return model
 

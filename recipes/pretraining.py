@@ -39,6 +39,7 @@ from recipes.checkpointing import (
 )
 from recipes.diagnosis import Diverged, diagnose, last_diagnosis
 from recipes.errors import Failure, UserError
+from recipes.fast_paths import choose_attention, compile_regions, keep_memory
 from recipes.files import FolderLock, is_aside, write_json, write_text
 from recipes.hub_access import (
     cached_checkpoint,
@@ -92,7 +93,7 @@ def pretrain(args: PretrainingArguments) -> None:
         Failure: The disk or another process does not do its work any more.
     """
     transformers_logging.disable_progress_bar()  # a bar for each saved checkpoint
-    stop, threads = StopRequest(args.max_train_time), set_threads()
+    stop, threads, memory = StopRequest(args.max_train_time), set_threads(), keep_memory()
     # While processes look for each other a signal must end them as ever: no handler of ours would be called.
     accelerator = _build_accelerator(args)
     stop.connect(accelerator, args.ddp_timeout)
@@ -109,7 +110,7 @@ def pretrain(args: PretrainingArguments) -> None:
                 return
             run.build()
             run.resume()
-            run.say_cost(threads)
+            run.say_cost(f"{threads}; {memory}")
             run.train()
             run.finish()
 
@@ -283,16 +284,16 @@ class Run:
         """Model, optimiser and batches, as Accelerate wants them."""
         args, accelerator = self.args, self.accelerator
         set_seed(args.seed)
-        self.model = build_model(args, self.config)
+        self.model = build_model(args, self.config, accelerator.device)
         if is_sharded := sharding.is_wanted():
             sharding.shard(self.model, accelerator)
         optimizer = build_optimizer(self.model, args)
-        # Shapes change only from stage to stage: each is compiled as it is.
-        compiled = torch.compile(self.model, dynamic=False) if args.torch_compile else self.model
+        if args.torch_compile:
+            compile_regions(self.model)
         if is_sharded:
-            wrapped, optimizer = compiled, accelerator.prepare_optimizer(optimizer)
+            wrapped, optimizer = self.model, accelerator.prepare_optimizer(optimizer)
         else:
-            wrapped, optimizer = accelerator.prepare(compiled, optimizer)
+            wrapped, optimizer = accelerator.prepare(self.model, optimizer)
         self.peak = peak_of(accelerator.device, self.bf16)
         self.record["parameters"] = sum(p.numel() for p in self.model.parameters())
         self.record["hardware"] = describe_hardware(accelerator.device, accelerator.num_processes)
@@ -587,10 +588,10 @@ class Run:
         }
 
 
-def build_model(args: PretrainingArguments, config: BertLnConfig) -> PreTrainedModel:
-    """A freshly initialised model in float32, set up for training."""
-    if args.attn_implementation:
-        config._attn_implementation = args.attn_implementation
+def build_model(args: PretrainingArguments, config: BertLnConfig, device: torch.device) -> PreTrainedModel:
+    """A freshly initialised model in float32, set up for training on `device`, where it is not yet."""
+    length = max(stage.max_seq_length for stage in build_stages(args))
+    config._attn_implementation, _ = choose_attention(args.attn_implementation, device, args.bf16, length)
     model = BertLnForMaskedLM(config)
     model.config.sparse_prediction = True
     if args.gradient_checkpointing:

@@ -41,6 +41,7 @@ class Validation:
         tensors = {name: tensor.int() for name, tensor in self.batch.items()}
         write_bytes(file, save(tensors, metadata={"mask_fingerprint": self.mask_fingerprint}))
 
+    @torch.compiler.set_stance("force_eager")  # one number, whether training is compiled or not
     @torch.no_grad()  # tensors of inference mode could stay in a sharded model
     def __call__(
         self,
