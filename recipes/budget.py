@@ -68,10 +68,11 @@ def peak_of(device: torch.device, bf16: bool) -> Peak:
             if part in name:
                 return Peak(flops, f"{name}, dense bf16 of its data sheet")
     dtype = torch.bfloat16 if bf16 else torch.float32
-    return Peak(_matmul_rate(device, dtype), f"a 1024 x 1024 {dtype} matrix product, measured now")
+    return Peak(matmul_rate(device, dtype), f"a 1024 x 1024 {dtype} matrix product, measured now")
 
 
-def _matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
+    """The best rate of a `size` x `size` matrix product within a second, in FLOP/s."""
     # Zeros draw no random numbers.
     a = torch.zeros(size, size, device=device, dtype=dtype)
     best, began = math.inf, time.perf_counter()

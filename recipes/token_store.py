@@ -311,7 +311,7 @@ def _build(
     _ = corpus.threshold  # surveys the corpus, and finds overlaps before they cost time
     tokens = needed or (corpus.characters or 0) // CHARACTERS_PER_TOKEN
     _check_disk(folder, tokens * np.dtype(about["dtype"]).itemsize)
-    backend = _plain_backend(tokenizer)
+    backend = plain_backend(tokenizer)
     splits = {}
     for split in SPLITS:
         with _SplitWriter(folder, split, about) as writer:
@@ -323,7 +323,7 @@ def _build(
     (folder / "store.json").write_text(json.dumps({**about, "splits": splits}, indent=1))
 
 
-def _plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     """A copy that neither truncates nor pads, and for which "[SEP]" in the text is no special token."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
@@ -440,6 +440,11 @@ class _SplitWriter:
         self.close()
         self.shards.append(f"{self.split}-{len(self.shards):05d}.bin")
         self.file = (self.folder / self.shards[-1]).open("wb")
+
+
+def batches_of(documents: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
+    """The batches in which the tokenizer gets documents: pieces, and whether each ends its document."""
+    return _batches(piece for text in documents if text.strip() for piece in _split_long(text))
 
 
 def _split_long(text: str) -> Iterator[tuple[str, bool]]:

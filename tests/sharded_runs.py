@@ -30,6 +30,7 @@ def main(options):
         run(options, arm)
         run(options, f"bf16_{arm}", **BF16)
         run(options, f"radam_{arm}", **RADAM)
+        run(options, f"muon_{arm}", optim="muon")
         with bad_gradient_at(3):
             run(options, f"skip_{arm}", nonfinite_update="skip")
         with bad_validation_at(8):

@@ -94,12 +94,13 @@ def row(placement, **settings):
     return f"| {name} | {gains} | {start} | {end} |"
 
 
-@pytest.mark.parametrize("placement", ["deep_norm", "admin"])
+@pytest.mark.parametrize("placement", ["deep_norm", pytest.param("admin", marks=pytest.mark.slow)])
 def test_a_hundred_layers_learn(placement):
     # Three seeds: deep_norm 0.385 to 0.425 nats, admin 0.326 to 0.508 (docs/results/deep.md).
     assert train(placement, seed=0).gain > 0.15
 
 
+@pytest.mark.slow
 def test_a_hundred_layers_of_post_ln_do_not():
     # Three seeds: at most 0.001 nats; the first layer's gradient ends at most at 7e-9 of the last one's.
     run = train("post", seed=0)

@@ -96,7 +96,10 @@ def test_scores_do_not_depend_on_how_runs_are_spread(glue, tmp_path):
     assert results_of(tmp_path / "launched") == one
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+SLOW_SIGNALS = [pytest.param(sent, marks=pytest.mark.slow) for sent in (signal.SIGINT, signal.SIGTERM)]
+
+
+@pytest.mark.parametrize("sent", [*SLOW_SIGNALS, signal.SIGKILL])
 def test_an_interrupted_command_goes_on_where_it_stopped(glue, tmp_path, sent):
     options = {"seeds": 8, "num_train_epochs": 40, "parallel_runs": 2}
     process = glue(wait=False, **options)
@@ -131,6 +134,7 @@ def test_a_run_dir_is_fine_tuned_checkpoint_by_checkpoint(glue, tmp_path):
     assert "mrpc, run: score" in (output / "results.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_revisions_of_a_repository_are_fine_tuned_one_by_one(glue, tmp_path):
     steps = {10: 0.01, 2: 0.02}
     local = {step: write_model_folder(tmp_path / f"{step}", initializer_range=r) for step, r in steps.items()}

@@ -60,7 +60,7 @@ def assert_same_lines(one, two, tolerance):
 
 @pytest.mark.parametrize(
     ("kind", "tolerance"),
-    [("", 1e-5), ("bf16_", 1e-3), ("radam_", 1e-5), ("skip_", 1e-5), ("rollback_", 1e-5)],
+    [("", 1e-5), ("bf16_", 1e-3), ("radam_", 1e-5), ("muon_", 1e-3), ("skip_", 1e-5), ("rollback_", 1e-5)],
 )
 def test_metrics_weights_and_moments_are_those_of_ddp(runs, kind, tolerance):
     ddp, fsdp = runs / f"{kind}ddp", runs / f"{kind}fsdp"

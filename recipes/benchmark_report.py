@@ -1,0 +1,150 @@
+"""Tables and a figure of recipes/benchmark.py."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Rounds = list[dict[str, Any]]
+
+
+def write_benchmark(results: dict[str, Any], folder: Path) -> list[Path]:
+    """Write all values, the tables and the figure; return the files."""
+    values, tables = folder / "benchmark.json", folder / "benchmark.md"
+    values.write_text(json.dumps(results, indent=1) + "\n")
+    tables.write_text("\n".join(_page(results)) + "\n")
+    files = [values, tables]
+    if "ratios" in results or "ablation" in results:
+        files.append(folder / "benchmark.png")
+        draw(results).savefig(files[-1], dpi=150)
+    return files
+
+
+def ratios(ours: Rounds, others: Sequence[Rounds], name: str = "tokens_per_second") -> list[float]:
+    """Ours by the best of the others (the fastest, the smallest), round by round."""
+    best = max if name == "tokens_per_second" else min
+    return [
+        mine[name] / best(other[name] for other in rivals)
+        for mine, *rivals in zip(ours, *others, strict=True)
+    ]
+
+
+def exponent(numbers: Sequence[float], costs: Sequence[float]) -> float:
+    """The slope of log cost by log number, least squares."""
+    return float(np.polyfit(np.log(numbers), np.log(costs), 1)[0])
+
+
+def _page(results: dict[str, Any]) -> Iterator[str]:
+    yield f"`{results['command']}`: {results['circumstances']}."
+    yield "Medians of the rounds; in brackets the lowest and the highest."
+    for part, write in PARTS.items():
+        if part in results:
+            yield ""
+            yield from write(results[part])
+
+
+def _ratios(arms: dict[str, Rounds]) -> Iterator[str]:
+    yield "| model, dropout | way | tokens/s | share of the ceiling | peak memory |"
+    yield "|---|---|---|---|---|"
+    for name, rounds in arms.items():
+        size, dropout, kind = name.split("|")
+        yield f"| {size}, {dropout} | {kind} | {_rates(rounds)} | {_shares(rounds)} | {_memory(rounds)} |"
+    yield ""
+    yield "| model, dropout | against stock | against tuned stock | memory by stock's |"
+    yield "|---|---|---|---|"
+    for pair in dict.fromkeys(name.rsplit("|", 1)[0] for name in arms):
+        stock, compiled, eager, ours = (
+            arms[f"{pair}|{kind}"] for kind in ("stock", "stock_tuned", "stock_tuned_eager", "ours")
+        )
+        cells = (
+            spread(ratios(ours, [stock])),
+            spread(ratios(ours, [compiled, eager])),
+            spread(ratios(ours, [stock], "peak_bytes")),
+        )
+        yield f"| {pair.replace('|', ', ')} | {' | '.join(cells)} |"
+
+
+def _ablation(arms: dict[str, Rounds]) -> Iterator[str]:
+    ours = arms["ours"]
+    yield "| ours | tokens/s by ours | tokens/s | share of the ceiling | peak memory |"
+    yield "|---|---|---|---|---|"
+    for name, rounds in arms.items():
+        cells = (spread(ratios(rounds, [ours])), _rates(rounds), _shares(rounds), _memory(rounds))
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
+def _growth(arms: dict[str, Rounds]) -> Iterator[str]:
+    yield "| what grows | time of a token (us) at | exponent |"
+    yield "|---|---|---|"
+    for what in dict.fromkeys(name.split("|")[0] for name in arms):
+        points = {
+            int(name.split("|")[1]): rounds for name, rounds in arms.items() if name.startswith(f"{what}|")
+        }
+        # By the ceiling of the moment, so that a machine that is slower for a while changes nothing.
+        costs = [rounds[0]["ceiling"] / rounds[0]["tokens_per_second"] for rounds in points.values()]
+        times = ", ".join(
+            f"{number}: {1e6 / rounds[0]['tokens_per_second']:.0f}" for number, rounds in points.items()
+        )
+        yield f"| {what} | {times} | {exponent(list(points), costs):.2f} |"
+
+
+def _data(found: dict[str, Any]) -> Iterator[str]:
+    store = found["token_store"]
+    rate, alone, single = (store[f"{name}_tokens_per_second"] for name in ("store", "all_cores", "one_core"))
+    yield "| what | |"
+    yield "|---|---|"
+    yield f"| token store, tokens/s | {rate:,.0f} |"
+    yield f"| share of `tokenizers` alone on all cores ({alone:,.0f}) | {rate / alone:.0%} |"
+    yield f"| times `tokenizers` alone on one core ({single:,.0f}) | {rate / single:.2f} |"
+    yield f"| bytes of a token | {store['bytes_per_token']:.2f} |"
+    for step, seconds in found["first_batch_seconds"].items():
+        yield f"| seconds to the first batch after {int(step):,} updates | {seconds:.3f} |"
+    yield f"| validation, tokens/s (default model, float32) | {found['validation_tokens_per_second']:,.0f} |"
+
+
+PARTS = {"ratios": _ratios, "ablation": _ablation, "growth": _growth, "data": _data}
+
+
+def spread(values: Sequence[float]) -> str:
+    """The median, and in brackets the lowest and the highest."""
+    return f"{np.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+
+
+def _rates(rounds: Rounds) -> str:
+    return f"{np.median([one['tokens_per_second'] for one in rounds]):,.0f}"
+
+
+def _shares(rounds: Rounds) -> str:
+    shares = [one["mfu"] for one in rounds]
+    return f"{np.median(shares):.0%} ({min(shares):.0%}-{max(shares):.0%})"
+
+
+def _memory(rounds: Rounds) -> str:
+    return f"{np.median([one['peak_bytes'] for one in rounds]) / 1e6:,.0f} MB"
+
+
+def draw(results: dict[str, Any]) -> Figure:
+    """A panel for the ratios and one for the ablation: a bar a way, from lowest to highest round a line."""
+    shown = {part: results[part] for part in ("ratios", "ablation") if part in results}
+    rows = [len(arms) for arms in shown.values()]
+    figure = Figure(figsize=(8, 1 + 0.3 * sum(rows)), layout="constrained")
+    panels = figure.subplots(len(shown), height_ratios=rows, squeeze=False)[:, 0]
+    for panel, (part, arms) in zip(panels, shown.items(), strict=True):
+        _bars(panel, arms)
+        panel.set_title(part, loc="left")
+    return figure
+
+
+def _bars(axes: Axes, arms: dict[str, Rounds]) -> None:
+    rates = [[one["tokens_per_second"] for one in rounds] for rounds in arms.values()]
+    middle = np.array([np.median(rate) for rate in rates])
+    ends = np.array([[m - min(rate), max(rate) - m] for m, rate in zip(middle, rates, strict=True)]).T
+    colours = ["C0" if name.rsplit("|", 1)[-1] == "ours" else "C7" for name in arms]
+    axes.barh(range(len(arms)), middle, xerr=ends, color=colours)
+    axes.set_yticks(range(len(arms)), [name.replace("|", ", ") for name in arms])
+    axes.invert_yaxis()
+    axes.set_xlabel("tokens/s")

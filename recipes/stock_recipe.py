@@ -1,0 +1,81 @@
+"""The stock way of pre-training BERT, rival of recipes/benchmark.py: as in the example of transformers.
+
+That is run_mlm_no_trainer.py on our blocks: BertForMaskedLM with SDPA, DataCollatorForLanguageModeling, AdamW
+with two parameter groups, a scheduler, Accelerate; a dense head, and a padding mask although blocks are full.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    DataCollatorForLanguageModeling,
+    PreTrainedTokenizerBase,
+    get_scheduler,
+)
+
+from recipes.arguments import PretrainingArguments
+from recipes.token_store import TokenStore
+
+# Blocks that are gone through again and again.
+BLOCKS = 2048
+
+
+def train_stock(
+    args: PretrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    store: TokenStore,
+    accelerator: Accelerator,
+    tuned: bool,
+    compiled: bool,
+    after_update: Callable[[], bool],
+) -> None:
+    """Train until `after_update`, which is called after each update, says that it is enough.
+
+    `tuned` is for fused AdamW and `compiled` for torch.compile; bfloat16 is the accelerator's affair.
+    """
+    from datasets import Dataset  # not needed by training itself
+
+    model = BertForMaskedLM(stock_config(args))
+    model.train()
+    optimizer = torch.optim.AdamW(_groups(model), lr=args.learning_rate, fused=tuned or None)
+    blocks = store.read_blocks(
+        "train", np.arange(BLOCKS) % store.blocks("train", args.max_seq_length), args.max_seq_length
+    )
+    dataset = Dataset.from_dict({"input_ids": blocks, "attention_mask": np.ones_like(blocks)})
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=args.mlm_probability)
+    loader = DataLoader(
+        dataset, shuffle=True, collate_fn=collator, batch_size=args.per_device_train_batch_size
+    )
+    scheduler = get_scheduler(
+        "linear", optimizer, num_warmup_steps=args.warmup_steps, num_training_steps=args.max_steps
+    )
+    model = torch.compile(model) if compiled else model
+    model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+    while True:
+        for batch in loader:
+            accelerator.backward(model(**batch).loss)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            if after_update():
+                return
+
+
+def stock_config(args: PretrainingArguments) -> BertConfig:
+    """The stock configuration of the sizes that `args` gives."""
+    fields = {name: value for name, value in args.model.items() if name in BertConfig.__annotations__}
+    return BertConfig(**fields, vocab_size=args.vocab_size)
+
+
+def _groups(model: BertForMaskedLM) -> list[dict]:
+    exempt = ("bias", "LayerNorm.weight")
+    named = list(model.named_parameters())
+    return [
+        {"params": [p for n, p in named if not n.endswith(exempt)], "weight_decay": 0.01},
+        {"params": [p for n, p in named if n.endswith(exempt)], "weight_decay": 0.0},
+    ]

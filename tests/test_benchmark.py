@@ -1,0 +1,134 @@
+"""recipes/benchmark.py: its ways of training do the same work, its figures follow from what is measured."""
+
+import json
+
+import pytest
+import torch
+from model_fixtures import ours, randomise
+from test_fast_paths import masked_batch
+
+from recipes import benchmark
+from recipes.benchmark import ABLATION, GROWTH, KINDS, Arm, main, parse_command_line
+from recipes.benchmark_arms import Clock, _dense, _switch_off
+from recipes.benchmark_report import exponent, ratios, write_benchmark
+from recipes.command_line import build_arguments
+from recipes.errors import UserError
+from recipes.stock_recipe import stock_config
+
+OPTIONS = {
+    "vocab_size": 2000,
+    "max_seq_length": 32,
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "per_device_train_batch_size": 4,
+    "max_steps": 1000,
+}
+
+
+@pytest.mark.parametrize(
+    "what", [arm.without for arm in ABLATION if arm.without not in (None, "keep_memory")]
+)
+def test_what_is_switched_off_changes_no_loss(what):
+    plain, other = (randomise(ours(sparse_prediction=True)) for _ in range(2))
+    _switch_off(what, other)
+    batch = masked_batch()
+    rival = _dense(batch) if what == "sparse_head" else batch
+    torch.testing.assert_close(plain(**batch).loss, other(**rival).loss, rtol=1e-5, atol=1e-6)
+
+
+def test_the_stock_model_has_the_same_sizes():
+    args = build_arguments(OPTIONS | benchmark.DROPOUT)
+    config = stock_config(args)
+    for name in (
+        "vocab_size",
+        "num_hidden_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "intermediate_size",
+    ):
+        assert getattr(config, name) == OPTIONS[name]
+    assert config.hidden_dropout_prob == config.attention_probs_dropout_prob == 0.1
+
+
+@pytest.mark.slow
+def test_each_way_of_training_is_measured(tmp_path, corpus_dir):
+    options = OPTIONS | {"cache_dir": str(tmp_path), "train_file": str(corpus_dir), "sample_by": "paragraph"}
+    plan = [(Arm(kind, kind, benchmark.NO_DROPOUT), options) for kind in KINDS]
+    for (found,) in benchmark._alternate(plan, 1, 0.0).values():
+        assert found["updates"] >= 5
+        assert min(found[name] for name in ("tokens_per_second", "mfu", "ceiling", "peak_bytes")) > 0
+
+
+def test_the_first_updates_are_not_timed(monkeypatch):
+    times = iter([10.0, 20.0, 21.0, 22.0, 23.0, 24.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(times))
+    clock = Clock(2.5)
+    ended = [clock.answer() for _ in range(5)]
+    assert ended == [False, False, False, False, True] and clock.agreed
+    assert clock.seconds_per_update == 1.0
+
+
+def round_of(rate, peak=1.0):
+    return {"tokens_per_second": rate, "mfu": 0.5, "ceiling": 1e9, "peak_bytes": peak, "updates": 9}
+
+
+def test_ratios_are_those_of_a_round_to_the_best_rival_in_it():
+    mine, one, other = ([round_of(rate) for rate in rates] for rates in ((8, 9), (2, 1), (1, 3)))
+    assert ratios(mine, [one, other]) == [4, 3]
+    peaks = ([round_of(1, peak) for peak in peaks] for peaks in ((1, 2), (4, 9), (5, 8)))
+    mine, one, other = peaks
+    assert ratios(mine, [one, other], "peak_bytes") == [0.25, 0.25]
+
+
+def test_an_exponent_is_that_of_a_power_law():
+    assert exponent([2, 4, 8, 16], [3 * n**1.5 for n in (2, 4, 8, 16)]) == pytest.approx(1.5)
+
+
+def test_the_report_has_a_row_for_each_way_and_each_axis(tmp_path):
+    names = [f"6x256|{dropout}|{kind}" for dropout in (0.1, 0.0) for kind in KINDS]
+    results = {
+        "circumstances": "here",
+        "command": "python recipes/benchmark.py",
+        "ratios": {name: [round_of(2.0 + name.endswith("ours"))] * 3 for name in names},
+        "ablation": {arm.name: [round_of(1.0)] * 3 for arm in ABLATION},
+        "growth": {f"{what}|{n}": [round_of(n)] for what, points in GROWTH.items() for n, _ in points},
+        "data": {
+            "token_store": dict.fromkeys(
+                [f"{name}_tokens_per_second" for name in ("store", "all_cores", "one_core")], 1.0
+            )
+            | {"bytes_per_token": 2.0},
+            "first_batch_seconds": {10: 0.1},
+            "validation_tokens_per_second": 5.0,
+        },
+    }
+    values, tables, figure = write_benchmark(results, tmp_path)
+    assert json.loads(values.read_text())["circumstances"] == "here"
+    text = tables.read_text()
+    assert "| 6x256, 0.1 | 1.50 (1.50-1.50) | 1.50 (1.50-1.50) | 1.00 (1.00-1.00) |" in text
+    assert all(f"| {arm.name} |" in text for arm in ABLATION)
+    assert all(f"| {what} |" in text for what in GROWTH) and "| -1.00 |" in text
+    assert figure.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--part data", "--part: unknown option; did you mean parts?"),
+        ("--parts data,speed", "parts speed: allowed: ratios, ablation, growth, data, with commas"),
+        ("--sizes large", "sizes large: allowed: 6x256, BERT-base"),
+        ("--repeats 0", "repeats 0: must be at least 1"),
+        ("--seconds -1", "seconds -1.0: must be at least 0"),
+        ("--repeats many", "repeats"),
+    ],
+)
+def test_a_mistake_is_named(words, message):
+    with pytest.raises(UserError, match=message.replace("?", r"\?")):
+        parse_command_line(words.split())
+
+
+def test_a_mistake_ends_with_2(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["recipes/benchmark.py", "--repeats", "0"])
+    assert main() == 2
+    assert capsys.readouterr().err == "error: repeats 0: must be at least 1\n"
