@@ -81,14 +81,20 @@ class BertLnEmbeddings(BertEmbeddings):
         inputs_embeds: torch.Tensor | None = None,
         past_key_values_length: int = 0,
     ) -> torch.Tensor:
-        """Embed `[batch, length]` ids as `[batch, length, hidden]`; arguments as in `BertEmbeddings`."""
+        """Embed `[batch, length]` ids as `[batch, length, hidden]`; arguments as in `BertEmbeddings`.
+
+        Without types and positions these are added up before the words, so that the result may differ from
+        the stock class in its last bits.
+        """
         is_plain = token_type_ids is None and position_ids is None and inputs_embeds is None
         if not is_plain or past_key_values_length:
             return super().forward(
                 input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length
             )
-        # Every row has the same types and positions: a sum over rows goes back into them, and no scattering.
-        same = self.position_embeddings.weight[: input_ids.shape[1]] + self.token_type_embeddings.weight[0]
+        # Every row has the same types and positions: they are looked up once, and their gradients are summed
+        # over the rows before they are scattered.
+        position_ids, token_type_ids = self.position_ids[:, : input_ids.shape[1]], self.token_type_ids[:, :1]
+        same = self.position_embeddings(position_ids) + self.token_type_embeddings(token_type_ids)
         return self.dropout(self.LayerNorm(self.word_embeddings(input_ids) + same))
 
 
@@ -475,6 +481,12 @@ def at_positions(stream: Stream, positions: torch.Tensor) -> Stream:
     return stream.gather(1, positions.unsqueeze(-1).expand(-1, -1, stream.shape[-1]))
 
 
+def can_narrow(config: BertLnConfig) -> bool:
+    """Whether the last feed-forward block may work at some positions only: no other token needs the rest."""
+    crosses_tokens = NORMS[config.norm_type].crosses_tokens
+    return config.num_hidden_layers > 0 and not config.is_decoder and not crosses_tokens
+
+
 def select_predictions(
     config: BertLnConfig,
     hidden: torch.Tensor,
@@ -608,8 +620,7 @@ class BertLnForMaskedLM(BertLnPreTrainedModel, BertForMaskedLM):
         """Whether the last layer must work where nothing is predicted, too."""
         hidden_states = asked.get("output_hidden_states")
         records = self.config.output_hidden_states if hidden_states is None else hidden_states
-        crosses_tokens = NORMS[self.config.norm_type].crosses_tokens
-        return bool(records or crosses_tokens or self.config.is_decoder or not self.config.num_hidden_layers)
+        return bool(records or not can_narrow(self.config))
 
 
 class BertLnForPreTraining(BertLnPreTrainedModel, BertForPreTraining):

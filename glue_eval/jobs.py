@@ -24,7 +24,6 @@ from tqdm import tqdm
 from glue_eval.finetuning import Job, finetune
 from glue_eval.results import Results
 from recipes.errors import UserError
-from recipes.fast_paths import keep_memory
 from recipes.launch import set_threads, usable_cores
 
 POLL_SECONDS = 0.5
@@ -141,7 +140,6 @@ def _in_this_process(
     jobs: list[Job], workers: Workers, results: Results, save_model: bool, bar: tqdm
 ) -> Ended:
     set_threads()
-    keep_memory()
     for job in jobs:
         try:
             yield job, results.write(job, finetune(job, workers.device, bar.update), save_model)
@@ -200,7 +198,6 @@ def _begin_worker(device: str, places: Any, done: Any, threads: int, parent: int
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(threads)
-    keep_memory()
     index = places.get() % torch.cuda.device_count() if device == "cuda" else None
     _worker.update(device=torch.device(device, index), done=done)
 

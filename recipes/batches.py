@@ -136,6 +136,16 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def with_all_positions(batch: Batch) -> Batch:
+    """The same batch with a label for every token, `[n, L]`, -100 where nothing is predicted."""
+    if "masked_positions" not in batch:
+        return batch
+    rest = {name: value for name, value in batch.items() if name != "masked_positions"}
+    nothing = torch.full_like(batch["input_ids"], IGNORED)
+    # What pads the positions points at [CLS], which is never masked.
+    return rest | {"labels": nothing.scatter(1, batch["masked_positions"], batch["labels"])}
+
+
 def masked_tokens(batches: list[Batch]) -> int:
     """Tokens to be predicted in the micro-batches of one update on this process."""
     return sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)

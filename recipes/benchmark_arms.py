@@ -14,12 +14,12 @@ from transformers.models.bert.modeling_bert import BertEmbeddings
 
 from bert_ln import BertLnForMaskedLM
 from recipes.arguments import PretrainingArguments, model_config
-from recipes.batches import Batch, TrainingBatches
+from recipes.batches import Batch, TrainingBatches, with_all_positions
 from recipes.budget import Peak, matmul_rate, training_flops
 from recipes.command_line import build_arguments
 from recipes.fast_paths import compile_regions, keep_memory
 from recipes.launch import choose_precision, set_threads
-from recipes.masking import IGNORED, Masker
+from recipes.masking import Masker
 from recipes.optimization import build_optimizer
 from recipes.preparation import PreparedData, prepare_data
 from recipes.pretraining import build_model
@@ -36,7 +36,7 @@ class Arm:
 
     name: str
     kind: str = "ours"
-    """ours, stock, stock_tuned, or stock_tuned_eager (without torch.compile)."""
+    """ours, stock (as it comes), or `stock bf16` with any of ` compiled` and ` eager` (attention) behind."""
     options: dict[str, Any] = field(default_factory=dict)
     without: str | None = None
     """keep_memory, narrow_layer, shared_embeddings or sparse_head."""
@@ -77,8 +77,7 @@ def measure(arm: Arm, options: dict[str, Any], seconds: float) -> dict[str, Any]
     """
     set_threads()
     args = build_arguments(options | arm.options)
-    is_tuned = arm.kind.startswith("stock_tuned")
-    accelerator = Accelerator(mixed_precision="bf16" if is_tuned else "no")
+    accelerator = Accelerator(mixed_precision="bf16" if "bf16" in arm.kind else "no")
     data = prepare_data(args, build_stages(args), accelerator)
     device, clock, is_ours = accelerator.device, Clock(seconds), arm.kind == "ours"
     ceilings = [matmul_rate(device, torch.bfloat16)]
@@ -87,15 +86,14 @@ def measure(arm: Arm, options: dict[str, Any], seconds: float) -> dict[str, Any]
     if is_ours:
         _train_ours(arm, args, data, accelerator, clock)
     else:
-        compiled = arm.kind == "stock_tuned"
-        train_stock(args, data.tokenizer, data.stores[0], accelerator, is_tuned, compiled, clock.answer)
+        train_stock(args, data.tokenizer, data.stores[0], accelerator, arm.kind.split(), clock.answer)
     peak_bytes = _peak(device) - before
     ceilings.append(matmul_rate(device, torch.bfloat16))
     ceiling = sum(ceilings) / 2
     tokens = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.max_seq_length
     rate = tokens / clock.seconds_per_update
     # The stock head works everywhere, and so does its last layer.
-    share = args.mlm_probability if is_ours else 1.0
+    share = args.mlm_probability if is_ours and arm.without != "sparse_head" else 1.0
     flops = training_flops(_config(args), args.max_seq_length, share)
     return {
         "tokens_per_second": rate,
@@ -153,15 +151,7 @@ class DenseBatches:
     def updates(self, *args: Any) -> Iterator[list[Batch]]:
         """As `TrainingBatches.updates`."""
         for micro_batches in self.batches.updates(*args):
-            yield [_dense(batch) for batch in micro_batches]
-
-
-def _dense(batch: Batch) -> Batch:
-    labels = torch.full_like(batch["input_ids"], IGNORED)
-    return {
-        "input_ids": batch["input_ids"],
-        "labels": labels.scatter(1, batch["masked_positions"], batch["labels"]),
-    }
+            yield [with_all_positions(batch) for batch in micro_batches]
 
 
 def _begin_peak(device: torch.device) -> int:

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from recipes.arguments import PretrainingArguments, model_config
 from recipes.batches import Batch, BlockReader, TrainingBatches
 from recipes.corpus import open_corpora
+from recipes.launch import choose_precision
 from recipes.masking import Masker
 from recipes.preparation import PreparedData, prepare_data
 from recipes.pretraining import build_model
@@ -83,6 +84,7 @@ def _validation_rate(args: PretrainingArguments, data: PreparedData, accelerator
     reader = BlockReader(data.stores, "validation", Masker(data.tokenizer, args))
     validation = Validation(reader, args.max_seq_length, EVAL_SAMPLES)
     torch.manual_seed(args.seed)
+    args.bf16, _ = choose_precision(args.bf16, accelerator.device)  # decides which attention is taken
     config = model_config(args, vocab_size=args.vocab_size, pad_token_id=0)
     model = build_model(args, config, accelerator.device).to(accelerator.device)
     size = args.per_device_eval_batch_size

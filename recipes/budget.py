@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from bert_ln import BertLnConfig
+from bert_ln.modeling_bert_ln import can_narrow
 from recipes.stages import Stage
 
 # Dense bf16 tensor-core peaks of the vendors' data sheets, in FLOP/s, by a part of the device's name.
@@ -38,14 +39,14 @@ def training_flops(config: BertLnConfig, max_seq_length: int, predicted_share: f
 
     Matrix products only, 2 operations for a multiply-add. Per layer: 4 d^2 for query, key, value and output,
     2 d d_ff for the feed-forward block, 2 L d for scores and weighted sum; the head, d^2 + d V, for the
-    share of tokens that is predicted, and so the last feed-forward block, whose other outputs nothing needs.
+    share of tokens that is predicted, and so the last feed-forward block where other tokens do not need it.
     (Kaplan et al. 2020, "Scaling Laws", Table 1, with a sparse head.)
     """
     d, layers = config.hidden_size, config.num_hidden_layers
     attention, feed_forward = 4 * d * d + 2 * max_seq_length * d, 2 * d * config.intermediate_size
     head = (d * d + d * config.vocab_size) * predicted_share
-    feed_forwards = (layers - 1 + predicted_share) * feed_forward if layers else 0
-    return 3 * 2 * (layers * attention + feed_forwards + head)
+    spared = (1 - predicted_share) * feed_forward if can_narrow(config) else 0
+    return 3 * 2 * (layers * (attention + feed_forward) - spared + head)
 
 
 def total_flops(

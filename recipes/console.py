@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import constants
 from transformers import PreTrainedModel
 
-from bert_ln.norms import NORMS
+from bert_ln.modeling_bert_ln import can_narrow
 from recipes.budget import ASSUMED_MFU, total_flops
 from recipes.diagnosis import CAUSES
 from recipes.fast_paths import choose_attention
@@ -187,16 +187,17 @@ def _word(value: Any) -> str:
 
 def _describe_compute(run: "Run") -> str:
     """What is not computed as it is written."""
-    narrow = not NORMS[run.config.norm_type].crosses_tokens
-    where = "head and last feed-forward block" if narrow else "head"
-    compiled = "layers and head compiled, as you set" if run.args.torch_compile else "not compiled"
-    return f"{where} at masked positions only, {compiled}; {run.args.optim}"
+    where = "head and last feed-forward block" if can_narrow(run.config) else "head"
+    compiled = "layers and head compiled" if run.args.torch_compile else "not compiled"
+    optim = "muon for matrices, fused adamw for the rest" if run.args.optim == "muon" else run.args.optim
+    return f"{where} at masked positions only; {compiled} (torch_compile, as you set or by default); {optim}"
 
 
 def _describe_attention(run: "Run") -> str:
     model, isolated = run.model, run.args.isolate_documents
     length = max(stage.max_seq_length for stage in run.stages)
-    _, why = choose_attention(run.args.attn_implementation, run.accelerator.device, run.bf16, length)
+    asked, has_mask = run.args.attn_implementation, isolated or model.config.attention_window is not None
+    _, why = choose_attention(asked, run.accelerator.device, run.bf16, length, has_mask)
     mask = "block-diagonal mask, one block a document" if isolated else "no mask: blocks are full"
     if window := model.config.attention_window:
         what = "before" if model.config.attention_window_causal else "around"

@@ -8,8 +8,9 @@ from bert_ln import BertLnForMaskedLM
 
 # Of glibc's malloc.h: mallopt's names for two of its parameters.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-# BERT's longest block: beyond it a matrix of scores costs more memory than its speed is worth.
-LONGEST_WITH_SCORES = 512
+# Beyond it a matrix of scores for each head costs too much memory for what its speed is worth.
+LONGEST_WITH_SCORES = 256
+MOST_VARIANTS = 64
 
 
 def keep_memory() -> str:
@@ -27,16 +28,16 @@ def keep_memory() -> str:
 
 
 def choose_attention(
-    asked: str | None, device: torch.device, bf16: bool, max_seq_length: int
+    asked: str | None, device: torch.device, bf16: bool | None, max_seq_length: int, has_mask: bool
 ) -> tuple[str, str]:
     """The attention kernel, one of `attn_implementation`, and why.
 
     In bfloat16 on a CPU, PyTorch's fused kernel (sdpa) reaches a fraction of the rate of the two plain matrix
-    products (eager): docs/results/speed.md.
+    products (eager): docs/results/speed.md. With a mask the plain way would compute in float32.
     """
     if asked is not None:
         return asked, "as you set"
-    if device.type == "cpu" and bf16 and max_seq_length <= LONGEST_WITH_SCORES:
+    if device.type == "cpu" and bf16 and not has_mask and max_seq_length <= LONGEST_WITH_SCORES:
         return "eager", f"faster than sdpa in bfloat16 on a CPU up to length {LONGEST_WITH_SCORES}"
     return "sdpa", "PyTorch's fused kernel"
 
@@ -48,6 +49,8 @@ def compile_regions(model: BertLnForMaskedLM) -> None:
     the rest of the model is a look-up of embeddings. Shapes change only from stage to stage: each is compiled
     as it is.
     """
+    # All layers count as one function: its variants are the stages, and the layers that differ.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_VARIANTS)
     for layer in model.bert.encoder.layer:
         layer.compile(dynamic=False)
     model.score = torch.compile(model.score, dynamic=False)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from bert_ln.norms import NORM_CLASSES
 from bert_ln.placements import Stream
+from recipes.batches import with_all_positions
 from recipes.masking import IGNORED
 
 Batch = dict[str, torch.Tensor]
@@ -64,7 +65,7 @@ def measure(model: PreTrainedModel, batches: Sequence[Batch]) -> Measurement:
     with Watch(model) as watch:
         for batch, count in zip(batches, counts, strict=True):
             batch = {name: value.to(model.device) for name, value in batch.items()}
-            summed = model(**_with_all_positions(batch), num_items_in_batch=1).loss
+            summed = model(**with_all_positions(batch), num_items_in_batch=1).loss
             gradients = torch.autograd.grad(summed, [*matrices, *watch.outputs])
             for total, gradient in zip(expected, gradients[: len(matrices)], strict=True):
                 total += gradient / sum(counts)
@@ -159,16 +160,6 @@ class Watch:
             "straight_through": [product / energy for product, energy in behind],
             "norm_inputs": {n: total / self.norm_vectors[n] for n, total in self.norm_inputs.items()},
         }
-
-
-def _with_all_positions(batch: Batch) -> Batch:
-    """The same labels, `[batch, length]`: without positions the last layer works at all of them."""
-    if "masked_positions" not in batch:
-        return batch
-    rest = {name: value for name, value in batch.items() if name != "masked_positions"}
-    nothing = torch.full_like(batch["input_ids"], IGNORED)
-    # What pads the positions points at [CLS], which is never masked.
-    return rest | {"labels": nothing.scatter(1, batch["masked_positions"], batch["labels"])}
 
 
 def _mean_squares(x: torch.Tensor) -> float:

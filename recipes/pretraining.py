@@ -93,9 +93,11 @@ def pretrain(args: PretrainingArguments) -> None:
         Failure: The disk or another process does not do its work any more.
     """
     transformers_logging.disable_progress_bar()  # a bar for each saved checkpoint
-    stop, threads, memory = StopRequest(args.max_train_time), set_threads(), keep_memory()
+    stop, threads = StopRequest(args.max_train_time), set_threads()
     # While processes look for each other a signal must end them as ever: no handler of ours would be called.
     accelerator = _build_accelerator(args)
+    if accelerator.device.type == "cpu":
+        threads += f"; {keep_memory()}"
     stop.connect(accelerator, args.ddp_timeout)
     with stop.watching():
         check_num_processes(accelerator.num_processes, args.num_processes)
@@ -110,7 +112,7 @@ def pretrain(args: PretrainingArguments) -> None:
                 return
             run.build()
             run.resume()
-            run.say_cost(f"{threads}; {memory}")
+            run.say_cost(threads)
             run.train()
             run.finish()
 
@@ -285,17 +287,18 @@ class Run:
         args, accelerator = self.args, self.accelerator
         set_seed(args.seed)
         self.model = build_model(args, self.config, accelerator.device)
+        if args.torch_compile:
+            compile_regions(self.model)
         if is_sharded := sharding.is_wanted():
             sharding.shard(self.model, accelerator)
         optimizer = build_optimizer(self.model, args)
-        if args.torch_compile:
-            compile_regions(self.model)
         if is_sharded:
             wrapped, optimizer = self.model, accelerator.prepare_optimizer(optimizer)
         else:
             wrapped, optimizer = accelerator.prepare(self.model, optimizer)
         self.peak = peak_of(accelerator.device, self.bf16)
         self.record["parameters"] = sum(p.numel() for p in self.model.parameters())
+        self.record["attention"] = self.model.config._attn_implementation
         self.record["hardware"] = describe_hardware(accelerator.device, accelerator.num_processes)
         batches = TrainingBatches(
             self.data.stores,
@@ -591,7 +594,9 @@ class Run:
 def build_model(args: PretrainingArguments, config: BertLnConfig, device: torch.device) -> PreTrainedModel:
     """A freshly initialised model in float32, set up for training on `device`, where it is not yet."""
     length = max(stage.max_seq_length for stage in build_stages(args))
-    config._attn_implementation, _ = choose_attention(args.attn_implementation, device, args.bf16, length)
+    has_mask = args.isolate_documents or config.attention_window is not None
+    kernel, _ = choose_attention(args.attn_implementation, device, args.bf16, length, has_mask)
+    config._attn_implementation = kernel
     model = BertLnForMaskedLM(config)
     model.config.sparse_prediction = True
     if args.gradient_checkpointing:

@@ -4,11 +4,12 @@ That is run_mlm_no_trainer.py on our blocks: BertForMaskedLM with SDPA, DataColl
 with two parameter groups, a scheduler, Accelerate; a dense head, and a padding mask although blocks are full.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import (
     BertConfig,
@@ -30,23 +31,29 @@ def train_stock(
     tokenizer: PreTrainedTokenizerBase,
     store: TokenStore,
     accelerator: Accelerator,
-    tuned: bool,
-    compiled: bool,
+    switches: Collection[str],
     after_update: Callable[[], bool],
 ) -> None:
     """Train until `after_update`, which is called after each update, says that it is enough.
 
-    `tuned` is for fused AdamW and `compiled` for torch.compile; bfloat16 is the accelerator's affair.
+    Of `switches`, `bf16` brings fused AdamW (autocast is the accelerator's affair), `compiled` torch.compile
+    and `eager` plain attention.
     """
-    from datasets import Dataset  # not needed by training itself
-
     model = BertForMaskedLM(stock_config(args))
+    model.set_attn_implementation("eager" if "eager" in switches else "sdpa")
     model.train()
-    optimizer = torch.optim.AdamW(_groups(model), lr=args.learning_rate, fused=tuned or None)
+    optimizer = torch.optim.AdamW(_groups(model), lr=args.learning_rate, fused="bf16" in switches or None)
     blocks = store.read_blocks(
         "train", np.arange(BLOCKS) % store.blocks("train", args.max_seq_length), args.max_seq_length
     )
-    dataset = Dataset.from_dict({"input_ids": blocks, "attention_mask": np.ones_like(blocks)})
+    dataset = Dataset.from_dict(
+        {
+            "input_ids": blocks,
+            "token_type_ids": np.zeros_like(blocks),
+            "attention_mask": np.ones_like(blocks),
+            "special_tokens_mask": np.isin(blocks, tokenizer.all_special_ids).astype(np.int64),
+        }
+    )
     collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=args.mlm_probability)
     loader = DataLoader(
         dataset, shuffle=True, collate_fn=collator, batch_size=args.per_device_train_batch_size
@@ -54,7 +61,7 @@ def train_stock(
     scheduler = get_scheduler(
         "linear", optimizer, num_warmup_steps=args.warmup_steps, num_training_steps=args.max_steps
     )
-    model = torch.compile(model) if compiled else model
+    model = torch.compile(model) if "compiled" in switches else model
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
     while True:
         for batch in loader:

@@ -8,8 +8,9 @@ from model_fixtures import ours, randomise
 from test_fast_paths import masked_batch
 
 from recipes import benchmark
+from recipes.batches import with_all_positions
 from recipes.benchmark import ABLATION, GROWTH, KINDS, Arm, main, parse_command_line
-from recipes.benchmark_arms import Clock, _dense, _switch_off
+from recipes.benchmark_arms import Clock, _switch_off
 from recipes.benchmark_report import exponent, ratios, write_benchmark
 from recipes.command_line import build_arguments
 from recipes.errors import UserError
@@ -34,7 +35,7 @@ def test_what_is_switched_off_changes_no_loss(what):
     plain, other = (randomise(ours(sparse_prediction=True)) for _ in range(2))
     _switch_off(what, other)
     batch = masked_batch()
-    rival = _dense(batch) if what == "sparse_head" else batch
+    rival = with_all_positions(batch) if what == "sparse_head" else batch
     torch.testing.assert_close(plain(**batch).loss, other(**rival).loss, rtol=1e-5, atol=1e-6)
 
 
