@@ -55,7 +55,12 @@ def test_the_stock_model_has_the_same_sizes():
 
 @pytest.mark.slow
 def test_each_way_of_training_is_measured(tmp_path, corpus_dir):
-    options = OPTIONS | {"cache_dir": str(tmp_path), "train_file": str(corpus_dir), "sample_by": "paragraph"}
+    options = OPTIONS | {
+        "cache_dir": str(tmp_path),
+        "train_file": str(corpus_dir),
+        "sample_by": "paragraph",
+        "validation_split_percentage": 10.0,
+    }
     plan = [(Arm(kind, kind, benchmark.NO_DROPOUT), options) for kind in KINDS]
     for (found,) in benchmark._alternate(plan, 1, 0.0).values():
         assert found["updates"] >= 5
