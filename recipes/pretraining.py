@@ -38,6 +38,7 @@ from recipes.checkpointing import (
     written_or_removed,
 )
 from recipes.diagnosis import Diverged, diagnose, last_diagnosis
+from recipes.dropout import cheapen_dropout
 from recipes.errors import Failure, UserError
 from recipes.fast_paths import choose_attention, compile_regions, keep_memory
 from recipes.files import FolderLock, is_aside, write_json, write_text
@@ -599,6 +600,8 @@ def build_model(args: PretrainingArguments, config: BertLnConfig, device: torch.
     config._attn_implementation = kernel
     model = BertLnForMaskedLM(config)
     model.config.sparse_prediction = True
+    if device.type == "cpu":
+        cheapen_dropout(model, has_mask)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model.train()
