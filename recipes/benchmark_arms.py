@@ -17,6 +17,7 @@ from recipes.arguments import PretrainingArguments, model_config
 from recipes.batches import Batch, TrainingBatches, with_all_positions
 from recipes.budget import Peak, matmul_rate, training_flops
 from recipes.command_line import build_arguments
+from recipes.dropout import restore_dropout
 from recipes.fast_paths import compile_regions, keep_memory
 from recipes.launch import choose_precision, set_threads
 from recipes.masking import Masker
@@ -36,10 +37,10 @@ class Arm:
 
     name: str
     kind: str = "ours"
-    """ours, stock (as it comes), or `stock bf16` with any of ` compiled` and ` eager` (attention) behind."""
+    """`ours` or `stock` (as they come), and words behind: `compiled`; for stock also `bf16` and `eager`."""
     options: dict[str, Any] = field(default_factory=dict)
     without: str | None = None
-    """keep_memory, narrow_layer, shared_embeddings or sparse_head."""
+    """cheap_dropout, keep_memory, narrow_layer, shared_embeddings or sparse_head."""
 
 
 class Clock:
@@ -79,7 +80,7 @@ def measure(arm: Arm, options: dict[str, Any], seconds: float) -> dict[str, Any]
     args = build_arguments(options | arm.options)
     accelerator = Accelerator(mixed_precision="bf16" if "bf16" in arm.kind else "no")
     data = prepare_data(args, build_stages(args), accelerator)
-    device, clock, is_ours = accelerator.device, Clock(seconds), arm.kind == "ours"
+    device, clock, is_ours = accelerator.device, Clock(seconds), arm.kind.startswith("ours")
     ceilings = [matmul_rate(device, torch.bfloat16)]
     before = _begin_peak(device)
     torch.manual_seed(args.seed)
@@ -117,7 +118,7 @@ def _train_ours(
     args.bf16, _ = choose_precision(args.bf16, accelerator.device)
     model = build_model(args, _config(args), accelerator.device)
     _switch_off(arm.without, model)
-    if args.torch_compile:
+    if args.torch_compile or "compiled" in arm.kind:
         compile_regions(model)
     optimizer = build_optimizer(model, args)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
@@ -138,6 +139,8 @@ def _switch_off(what: str | None, model: BertLnForMaskedLM) -> None:
     if what == "shared_embeddings":
         embeddings = model.bert.embeddings
         embeddings.forward = MethodType(BertEmbeddings.forward, embeddings)
+    if what == "cheap_dropout":
+        restore_dropout(model)
     if what == "sparse_head":
         model.config.sparse_prediction = False
 

@@ -54,17 +54,18 @@ def _ratios(arms: dict[str, Rounds]) -> Iterator[str]:
         size, dropout, kind = name.split("|")
         yield f"| {size}, {dropout} | {kind} | {_rates(rounds)} | {_shares(rounds)} | {_memory(rounds)} |"
     yield ""
-    yield "| model, dropout | against stock | against tuned stock | memory by stock's |"
-    yield "|---|---|---|---|"
+    yield "| model, dropout | way | against stock | against tuned stock | memory by stock's |"
+    yield "|---|---|---|---|---|"
     for pair in dict.fromkeys(name.rsplit("|", 1)[0] for name in arms):
-        stock, ours = arms[f"{pair}|stock"], arms[f"{pair}|ours"]
-        tuned = [rounds for name, rounds in arms.items() if name.startswith(f"{pair}|stock bf16")]
-        cells = (
-            spread(ratios(ours, [stock])),
-            spread(ratios(ours, tuned)),
-            spread(ratios(ours, [stock], "peak_bytes")),
-        )
-        yield f"| {pair.replace('|', ', ')} | {' | '.join(cells)} |"
+        kinds = {name.rsplit("|", 1)[1]: rounds for name, rounds in arms.items() if name.startswith(pair)}
+        tuned = [rounds for kind, rounds in kinds.items() if kind.startswith("stock bf16")]
+        for kind in ("ours", "ours compiled"):
+            cells = (
+                spread(ratios(kinds[kind], [kinds["stock"]])),
+                spread(ratios(kinds[kind], tuned)),
+                spread(ratios(kinds[kind], [kinds["stock"]], "peak_bytes")),
+            )
+            yield f"| {pair.replace('|', ', ')} | {kind} | {' | '.join(cells)} |"
 
 
 def _ablation(arms: dict[str, Rounds]) -> Iterator[str]:
@@ -143,7 +144,7 @@ def _bars(axes: Axes, arms: dict[str, Rounds]) -> None:
     rates = [[one["tokens_per_second"] for one in rounds] for rounds in arms.values()]
     middle = np.array([np.median(rate) for rate in rates])
     ends = np.array([[m - min(rate), max(rate) - m] for m, rate in zip(middle, rates, strict=True)]).T
-    colours = ["C0" if name.rsplit("|", 1)[-1] == "ours" else "C7" for name in arms]
+    colours = ["C0" if name.rsplit("|", 1)[-1].startswith("ours") else "C7" for name in arms]
     axes.barh(range(len(arms)), middle, xerr=ends, color=colours)
     axes.set_yticks(range(len(arms)), [name.replace("|", ", ") for name in arms])
     axes.invert_yaxis()

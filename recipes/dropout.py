@@ -106,3 +106,13 @@ def cheapen_dropout(model: PreTrainedModel, has_mask: bool) -> None:
     config = model.config
     if config._attn_implementation == "eager" and config.attention_probs_dropout_prob and not has_mask:
         config._attn_implementation = KERNEL
+
+
+def restore_dropout(model: PreTrainedModel) -> None:
+    """Undo `cheapen_dropout`."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child) is CheapDropout:
+                setattr(parent, name, nn.Dropout(child.p))
+    if model.config._attn_implementation == KERNEL:
+        model.config._attn_implementation = "eager"

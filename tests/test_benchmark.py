@@ -112,7 +112,8 @@ def test_the_report_has_a_row_for_each_way_and_each_axis(tmp_path):
     values, tables, figure = write_benchmark(results, tmp_path)
     assert json.loads(values.read_text())["circumstances"] == "here"
     text = tables.read_text()
-    assert "| 6x256, 0.1 | 1.50 (1.50-1.50) | 1.50 (1.50-1.50) | 1.00 (1.00-1.00) |" in text
+    assert "| 6x256, 0.1 | ours compiled | 1.00 (1.00-1.00) |" in text
+    assert "| 6x256, 0.1 | ours | 1.50 (1.50-1.50) | 1.50 (1.50-1.50) | 1.00 (1.00-1.00) |" in text
     assert all(f"| {arm.name} |" in text for arm in ABLATION)
     assert all(f"| {what} |" in text for what in GROWTH) and "| -1.00 |" in text
     assert figure.stat().st_size > 10_000
