@@ -13,6 +13,8 @@ the ways of training alternate, --repeats times. Parts (--parts, with commas) ar
     growth     ours against depth, width, length, vocabulary and batch, with fitted exponents; one round
     data       rate of building a token store beside the bare tokenizers library; time to the first batch
                after a resume against the updates done; rate of a validation
+    loss       training time that ours needs to the validation loss that the stock recipe, as it comes,
+               reaches in --minutes; same corpus, same frozen masks, learning rates constant after warm-up
 
 Blocks are full: all tokens that are counted are real. The ceiling is a bfloat16 matrix product, measured in
 the same process just before and just after. It writes benchmark.json, benchmark.md and benchmark.png into
@@ -32,6 +34,7 @@ from tqdm import tqdm
 
 from recipes.benchmark_arms import Arm, measure
 from recipes.benchmark_data import measure_data
+from recipes.benchmark_loss import time_to_loss
 from recipes.benchmark_report import write_benchmark
 from recipes.command_line import DEFAULT_CONFIG, Parser, build_arguments, read_yaml, refuse_unknown
 from recipes.errors import UserError
@@ -85,7 +88,21 @@ GROWTH: dict[str, list[tuple[int, dict[str, Any]]]] = {
     "vocabulary": [(n, {"vocab_size": n}) for n in (8192, 16384, 30522)],
     "batch": [(n, {"per_device_train_batch_size": n}) for n in (8, 16, 32, 64)],
 }
-PARTS = ("ratios", "ablation", "growth", "data")
+# To the loss of the stock recipe: ours with the same options, and with those that learn faster.
+ALIKE = COMMON | SMALL | DROPOUT | {"learning_rate": 5e-4, "warmup_steps": 100}
+WAYS: dict[str, dict[str, Any]] = {
+    "the same options": {},
+    "without dropout": NO_DROPOUT,
+    "without dropout, Pre-LN, Muon": NO_DROPOUT
+    | {
+        "norm_placement": "pre",
+        "optim": "muon",
+        "learning_rate": 3e-3,
+        "warmup_steps": 0,
+        "initializer_range": 0.04,
+    },
+}
+PARTS = ("ratios", "ablation", "growth", "data", "loss")
 
 
 def main() -> int:
@@ -93,7 +110,7 @@ def main() -> int:
     try:
         given = parse_command_line()
         given.output_dir.mkdir(parents=True, exist_ok=True)
-        results = run(given.parts.split(","), given.repeats, given.seconds, given.sizes.split(","))
+        results = run(given)
         for file in write_benchmark(results, given.output_dir):
             print(f"wrote {file}")
     except UserError as error:
@@ -113,6 +130,9 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=int, default=3, help="rounds, in which all ways alternate")
     parser.add_argument("--seconds", type=float, default=5.0, help="shortest time of one measurement")
+    parser.add_argument(
+        "--minutes", type=float, default=20.0, help="training time of the stock recipe in loss"
+    )
     parser.add_argument("--parts", default=",".join(PARTS), help="what to measure")
     parser.add_argument("--sizes", default=",".join(SIZES), help="models of the ratios")
     parser.add_argument(
@@ -124,18 +144,19 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
         for word in getattr(given, name).split(","):
             if word not in allowed:
                 raise UserError(f"{name} {word}: allowed: {', '.join(allowed)}, with commas between them")
-    for name, least in (("repeats", 1), ("seconds", 0)):
+    for name, least in (("repeats", 1), ("seconds", 0), ("minutes", 0)):
         if not getattr(given, name) >= least:
             raise UserError(f"{name} {getattr(given, name)}: must be at least {least}")
     return given
 
 
-def run(parts: list[str], repeats: int, seconds: float, sizes: list[str]) -> dict[str, Any]:
+def run(given: argparse.Namespace) -> dict[str, Any]:
     """Measure the parts one after the other; the rounds of a part alternate between its arms."""
+    parts, repeats, seconds = given.parts.split(","), given.repeats, given.seconds
     threads = set_threads()
     args = build_arguments(COMMON)
     prepare_stores(args, 0)  # not part of any measurement
-    plans = {"ratios": _ratios(sizes), "ablation": _ablation(), "growth": _growth()}
+    plans = {"ratios": _ratios(given.sizes.split(",")), "ablation": _ablation(), "growth": _growth()}
     measured = {
         part: _alternate(plan, 1 if part == "growth" else repeats, seconds)
         for part, plan in plans.items()
@@ -143,6 +164,8 @@ def run(parts: list[str], repeats: int, seconds: float, sizes: list[str]) -> dic
     }
     if "data" in parts:
         measured["data"] = measure_data(args)
+    if "loss" in parts:
+        measured["loss"] = time_to_loss(ALIKE, WAYS, given.minutes)
     hardware = describe_hardware(Accelerator(mixed_precision="no").device, 1)
     circumstances = f"{hardware}, {threads}, {repeats} rounds of at least {seconds:g} s"
     return {"circumstances": circumstances, "command": shlex.join(["python", *sys.argv]), **measured}

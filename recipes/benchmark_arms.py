@@ -1,7 +1,7 @@
 """One way of training, measured in a process of its own: tokens a second, peak memory, the ceiling beside."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MethodType
@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator
+from transformers import PreTrainedModel
 from transformers.models.bert.modeling_bert import BertEmbeddings
 
 from bert_ln import BertLnForMaskedLM
@@ -85,7 +86,7 @@ def measure(arm: Arm, options: dict[str, Any], seconds: float) -> dict[str, Any]
     before = _begin_peak(device)
     torch.manual_seed(args.seed)
     if is_ours:
-        _train_ours(arm, args, data, accelerator, clock)
+        train_ours(args, data, accelerator, clock, arm)
     else:
         train_stock(args, data.tokenizer, data.stores[0], accelerator, arm.kind.split(), clock.answer)
     peak_bytes = _peak(device) - before
@@ -109,10 +110,19 @@ def _config(args: PretrainingArguments) -> Any:
     return model_config(args, vocab_size=args.vocab_size, pad_token_id=0)
 
 
-def _train_ours(
-    arm: Arm, args: PretrainingArguments, data: PreparedData, accelerator: Accelerator, clock: Clock
+def train_ours(
+    args: PretrainingArguments,
+    data: PreparedData,
+    accelerator: Accelerator,
+    stop: Any,
+    arm: Arm = Arm("ours"),
+    evaluate: Callable[[PreTrainedModel], None] = lambda model: None,
 ) -> None:
-    """The recipe's own loop, data and all, without what is switched off."""
+    """The recipe's own loop, data and all, without what `arm` switches off.
+
+    `stop` has the methods of a `StopRequest` that the loop calls, and ends it; `evaluate` is called every
+    `eval_steps`.
+    """
     if arm.without != "keep_memory":
         keep_memory()
     args.bf16, _ = choose_precision(args.bf16, accelerator.device)
@@ -126,10 +136,14 @@ def _train_ours(
     batches = TrainingBatches(data.stores, data.weights, Masker(data.tokenizer, args), args, stages, 0, 1)
     if arm.without == "sparse_head":
         batches = DenseBatches(batches)
-    none = {"report": lambda line: None, "evaluate": lambda state: None, "save": lambda state: None}
+    calls = {
+        "report": lambda line: None,
+        "evaluate": lambda state: evaluate(model),
+        "save": lambda state: None,
+    }
     peak = Peak(1.0, "not asked for")
     Trainer(
-        args, accelerator, wrapped, model, optimizer, batches, stages, peak, args.bf16, **none, stop=clock
+        args, accelerator, wrapped, model, optimizer, batches, stages, peak, args.bf16, **calls, stop=stop
     ).train()
 
 

@@ -107,7 +107,15 @@ def _data(found: dict[str, Any]) -> Iterator[str]:
     yield f"| validation in float32 (4 layers x 192), tokens/s | {rate:,.0f} |"
 
 
-PARTS = {"ratios": _ratios, "ablation": _ablation, "growth": _growth, "data": _data}
+def _loss(found: dict[str, Any]) -> Iterator[str]:
+    yield "| way | updates | training time (s) | part of stock's | validation loss |"
+    yield "|---|---|---|---|---|"
+    for name, way in found.items():
+        share = way["seconds"] / found["stock"]["seconds"]
+        yield f"| {name} | {way['updates']} | {way['seconds']:.0f} | {share:.2f} | {way['loss']:.3f} |"
+
+
+PARTS = {"ratios": _ratios, "ablation": _ablation, "growth": _growth, "data": _data, "loss": _loss}
 
 
 def spread(values: Sequence[float]) -> str:

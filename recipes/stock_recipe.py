@@ -33,11 +33,11 @@ def train_stock(
     accelerator: Accelerator,
     switches: Collection[str],
     after_update: Callable[[], bool],
-) -> None:
+) -> BertForMaskedLM:
     """Train until `after_update`, which is called after each update, says that it is enough.
 
     Of `switches`, `bf16` brings fused AdamW (autocast is the accelerator's affair), `compiled` torch.compile
-    and `eager` plain attention.
+    and `eager` plain attention. Returns the model.
     """
     model = BertForMaskedLM(stock_config(args))
     model.set_attn_implementation("eager" if "eager" in switches else "sdpa")
@@ -70,7 +70,7 @@ def train_stock(
             scheduler.step()
             optimizer.zero_grad()
             if after_update():
-                return
+                return accelerator.unwrap_model(model, keep_torch_compile=False)
 
 
 def stock_config(args: PretrainingArguments) -> BertConfig:
