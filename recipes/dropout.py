@@ -102,7 +102,7 @@ def cheapen_dropout(model: PreTrainedModel, has_mask: bool) -> None:
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.Dropout:
-                setattr(parent, name, CheapDropout(child.p))
+                setattr(parent, name, CheapDropout(child.p).train(child.training))
     config = model.config
     if config._attn_implementation == "eager" and config.attention_probs_dropout_prob and not has_mask:
         config._attn_implementation = KERNEL
@@ -113,6 +113,6 @@ def restore_dropout(model: PreTrainedModel) -> None:
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if type(child) is CheapDropout:
-                setattr(parent, name, nn.Dropout(child.p))
+                setattr(parent, name, nn.Dropout(child.p).train(child.training))
     if model.config._attn_implementation == KERNEL:
         model.config._attn_implementation = "eager"
