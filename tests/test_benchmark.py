@@ -6,14 +6,19 @@ import pytest
 import torch
 from model_fixtures import ours, randomise
 from test_fast_paths import masked_batch
+from transformers import BertForMaskedLM
 
+from bert_ln import BertLnForMaskedLM
 from recipes import benchmark
+from recipes.arguments import model_config
 from recipes.batches import with_all_positions
 from recipes.benchmark import ABLATION, GROWTH, KINDS, Arm, main, parse_command_line
 from recipes.benchmark_arms import Clock, _switch_off
+from recipes.benchmark_loss import Goal, time_to_loss
 from recipes.benchmark_report import exponent, ratios, write_benchmark
 from recipes.command_line import build_arguments
 from recipes.errors import UserError
+from recipes.preparation import prepare_stores
 from recipes.stock_recipe import stock_config
 
 OPTIONS = {
@@ -53,6 +58,14 @@ def test_the_stock_model_has_the_same_sizes():
     assert config.hidden_dropout_prob == config.attention_probs_dropout_prob == 0.1
 
 
+def test_both_sides_train_the_same_parameters():
+    args = build_arguments(OPTIONS | {"norm_placement": "post"})
+    mine = BertLnForMaskedLM(model_config(args, vocab_size=args.vocab_size, pad_token_id=0))
+    rival = BertForMaskedLM(stock_config(args))
+    sizes = [{name: p.shape for name, p in model.named_parameters()} for model in (mine, rival)]
+    assert sizes[0] == sizes[1]
+
+
 @pytest.mark.slow
 def test_each_way_of_training_is_measured(tmp_path, corpus_dir):
     options = OPTIONS | {
@@ -65,6 +78,40 @@ def test_each_way_of_training_is_measured(tmp_path, corpus_dir):
     for (found,) in benchmark._alternate(plan, 1, 0.0).values():
         assert found["updates"] >= 5
         assert min(found[name] for name in ("tokens_per_second", "mfu", "ceiling", "peak_bytes")) > 0
+
+
+@pytest.mark.slow
+def test_the_time_to_a_loss_ends_where_it_is_reached(tmp_path, corpus_dir):
+    options = OPTIONS | {
+        "cache_dir": str(tmp_path),
+        "train_file": str(corpus_dir),
+        "sample_by": "paragraph",
+        "validation_split_percentage": 10.0,
+        "learning_rate": 1e-3,
+    }
+    prepare_stores(build_arguments(options), 0)
+    found = time_to_loss(options, {"quick": {}, "never": {"learning_rate": 0.0}}, minutes=0.1)
+    stock, quick, never = found["stock"], found["quick"], found["never"]
+    assert len({way["masks"] for way in found.values()}) == 1
+    assert quick["curve"][-1][1] == quick["loss"] <= stock["loss"] < never["loss"]
+    assert all(loss > stock["loss"] for _, loss in quick["curve"][:-1])
+    assert quick["seconds"] < stock["seconds"] and never["updates"] > quick["updates"]
+
+
+def test_a_goal_counts_training_time_only(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    goal = Goal(100.0, loss=5.0)
+    now = 10.0
+    with goal.paused():
+        now = 70.0
+    goal.note(6.0)
+    assert (goal.seconds, goal.agreed) == (10.0, False)
+    goal.note(5.0)
+    assert goal.agreed
+    goal = Goal(100.0)
+    now = 170.5
+    assert goal.answer()
 
 
 def test_the_first_updates_are_not_timed(monkeypatch):
@@ -108,12 +155,17 @@ def test_the_report_has_a_row_for_each_way_and_each_axis(tmp_path):
             "first_batch_seconds": {10: 0.1},
             "validation_tokens_per_second": 5.0,
         },
+        "loss": {
+            "stock": {"seconds": 1200.0, "updates": 90, "loss": 6.5},
+            "ours": {"seconds": 240.0, "updates": 80, "loss": 6.4},
+        },
     }
     values, tables, figure = write_benchmark(results, tmp_path)
     assert json.loads(values.read_text())["circumstances"] == "here"
     text = tables.read_text()
     assert "| 6x256, 0.1 | ours compiled | 1.00 (1.00-1.00) |" in text
     assert "| 6x256, 0.1 | ours | 1.50 (1.50-1.50) | 1.50 (1.50-1.50) | 1.00 (1.00-1.00) |" in text
+    assert "| ours | 80 | 240 | 0.20 | 6.400 |" in text
     assert all(f"| {arm.name} |" in text for arm in ABLATION)
     assert all(f"| {what} |" in text for what in GROWTH) and "| -1.00 |" in text
     assert figure.stat().st_size > 10_000
@@ -123,10 +175,11 @@ def test_the_report_has_a_row_for_each_way_and_each_axis(tmp_path):
     ("words", "message"),
     [
         ("--part data", "--part: unknown option; did you mean parts?"),
-        ("--parts data,speed", "parts speed: allowed: ratios, ablation, growth, data, with commas"),
+        ("--parts data,speed", "parts speed: allowed: ratios, ablation, growth, data, loss, with commas"),
         ("--sizes large", "sizes large: allowed: 6x256, BERT-base"),
         ("--repeats 0", "repeats 0: must be at least 1"),
         ("--seconds -1", "seconds -1.0: must be at least 0"),
+        ("--minutes -1", "minutes -1.0: must be at least 0"),
         ("--repeats many", "repeats"),
     ],
 )
