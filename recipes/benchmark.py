@@ -15,6 +15,8 @@ the ways of training alternate, --repeats times. Parts (--parts, with commas) ar
                after a resume against the updates done; rate of a validation
     loss       training time that ours needs to the validation loss that the stock recipe, as it comes,
                reaches in --minutes; same corpus, same frozen masks, learning rates constant after warm-up
+    start      time of the default run from its command to its first update: from nothing, with the token
+               store there, and resumed after few updates and after more
 
 Blocks are full: all tokens that are counted are real. The ceiling is a bfloat16 matrix product, measured in
 the same process just before and just after. It writes benchmark.json, benchmark.md and benchmark.png into
@@ -36,6 +38,7 @@ from recipes.benchmark_arms import Arm, measure
 from recipes.benchmark_data import measure_data
 from recipes.benchmark_loss import time_to_loss
 from recipes.benchmark_report import write_benchmark
+from recipes.benchmark_start import start_times
 from recipes.command_line import DEFAULT_CONFIG, Parser, build_arguments, read_yaml, refuse_unknown
 from recipes.errors import UserError
 from recipes.launch import describe_hardware, set_threads
@@ -102,7 +105,7 @@ WAYS: dict[str, dict[str, Any]] = {
         "initializer_range": 0.04,
     },
 }
-PARTS = ("ratios", "ablation", "growth", "data", "loss")
+PARTS = ("ratios", "ablation", "growth", "data", "loss", "start")
 
 
 def main() -> int:
@@ -166,6 +169,8 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
         measured["data"] = measure_data(args)
     if "loss" in parts:
         measured["loss"] = time_to_loss(ALIKE, WAYS, given.minutes)
+    if "start" in parts:
+        measured["start"] = start_times([])
     hardware = describe_hardware(Accelerator(mixed_precision="no").device, 1)
     circumstances = f"{hardware}, {threads}, {repeats} rounds of at least {seconds:g} s"
     return {"circumstances": circumstances, "command": shlex.join(["python", *sys.argv]), **measured}

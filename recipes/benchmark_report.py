@@ -115,7 +115,23 @@ def _loss(found: dict[str, Any]) -> Iterator[str]:
         yield f"| {name} | {way['updates']} | {way['seconds']:.0f} | {share:.2f} | {way['loss']:.3f} |"
 
 
-PARTS = {"ratios": _ratios, "ablation": _ablation, "growth": _growth, "data": _data, "loss": _loss}
+def _start(found: dict[str, Any]) -> Iterator[str]:
+    yield "| from the command to the first update | seconds |"
+    yield "|---|---|"
+    yield f"| no tokenizer, no token store | {found['cold']:.1f} |"
+    yield f"| both there | {found['warm']:.1f} |"
+    for updates, seconds in found["resumed"].items():
+        yield f"| resumed after {updates} updates | {seconds:.1f} |"
+
+
+PARTS = {
+    "ratios": _ratios,
+    "ablation": _ablation,
+    "growth": _growth,
+    "data": _data,
+    "loss": _loss,
+    "start": _start,
+}
 
 
 def spread(values: Sequence[float]) -> str:

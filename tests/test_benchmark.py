@@ -159,12 +159,14 @@ def test_the_report_has_a_row_for_each_way_and_each_axis(tmp_path):
             "stock": {"seconds": 1200.0, "updates": 90, "loss": 6.5},
             "ours": {"seconds": 240.0, "updates": 80, "loss": 6.4},
         },
+        "start": {"cold": 20.0, "warm": 8.0, "resumed": {10: 9.0}},
     }
     values, tables, figure = write_benchmark(results, tmp_path)
     assert json.loads(values.read_text())["circumstances"] == "here"
     text = tables.read_text()
     assert "| 6x256, 0.1 | ours compiled | 1.00 (1.00-1.00) |" in text
     assert "| 6x256, 0.1 | ours | 1.50 (1.50-1.50) | 1.50 (1.50-1.50) | 1.00 (1.00-1.00) |" in text
+    assert "| resumed after 10 updates | 9.0 |" in text
     assert "| ours | 80 | 240 | 0.20 | 6.400 |" in text
     assert all(f"| {arm.name} |" in text for arm in ABLATION)
     assert all(f"| {what} |" in text for what in GROWTH) and "| -1.00 |" in text
@@ -175,7 +177,10 @@ def test_the_report_has_a_row_for_each_way_and_each_axis(tmp_path):
     ("words", "message"),
     [
         ("--part data", "--part: unknown option; did you mean parts?"),
-        ("--parts data,speed", "parts speed: allowed: ratios, ablation, growth, data, loss, with commas"),
+        (
+            "--parts data,speed",
+            "parts speed: allowed: ratios, ablation, growth, data, loss, start, with commas",
+        ),
         ("--sizes large", "sizes large: allowed: 6x256, BERT-base"),
         ("--repeats 0", "repeats 0: must be at least 1"),
         ("--seconds -1", "seconds -1.0: must be at least 0"),
