@@ -1,4 +1,4 @@
-"""How long the default run takes from its command to its first update: from nothing, prepared, and resumed."""
+"""How long the default run takes from its command to its first update: from nothing, prepared, resumed."""
 
 import json
 import subprocess
@@ -6,8 +6,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from tempfile import TemporaryDirectory, TemporaryFile
+from typing import Any, TextIO
 
 from recipes.errors import UserError
 
@@ -35,7 +35,7 @@ def start_times(options: list[str]) -> dict[str, Any]:
 
 
 def _run(command: list[str], output_dir: Path, updates: int) -> tuple[float, int]:
-    """Start or resume a run, end it `updates` after its start; return the seconds to its first, and its start.
+    """Start or resume a run and end it `updates` later; return the seconds to its first, and its start.
 
     Raises:
         UserError: The run ended by itself.
@@ -43,21 +43,22 @@ def _run(command: list[str], output_dir: Path, updates: int) -> tuple[float, int
     metrics = output_dir / "metrics.jsonl"
     done = _last_step(metrics)
     start = time.perf_counter()
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([*command, str(output_dir)], **quiet) as process:
-        _wait(process, lambda: _last_step(metrics) > done)
+    with (
+        TemporaryFile("w+") as log,
+        subprocess.Popen([*command, str(output_dir)], stdout=log, stderr=log) as process,
+    ):
+        _wait(process, log, lambda: _last_step(metrics) > done)
         seconds = time.perf_counter() - start
-        _wait(process, lambda: _last_step(metrics) >= done + updates)
+        _wait(process, log, lambda: _last_step(metrics) >= done + updates)
         process.terminate()  # saves a checkpoint
     return seconds, done
 
 
-def _wait(process: subprocess.Popen, is_over: Callable[[], bool]) -> None:
+def _wait(process: subprocess.Popen, log: TextIO, is_over: Callable[[], bool]) -> None:
     while not is_over():
         if process.poll() is not None:
-            raise UserError(
-                f"parts start: recipes/pretrain.py ended too early: {process.stderr.read()[-500:]}"
-            )
+            log.seek(0)
+            raise UserError(f"parts start: recipes/pretrain.py ended too early: {log.read()[-500:]}")
         time.sleep(0.01)
 
 

@@ -16,6 +16,7 @@ from recipes.benchmark import ABLATION, GROWTH, KINDS, Arm, main, parse_command_
 from recipes.benchmark_arms import Clock, _switch_off
 from recipes.benchmark_loss import Goal, time_to_loss
 from recipes.benchmark_report import exponent, ratios, write_benchmark
+from recipes.benchmark_start import start_times
 from recipes.command_line import build_arguments
 from recipes.errors import UserError
 from recipes.preparation import prepare_stores
@@ -98,6 +99,14 @@ def test_the_time_to_a_loss_ends_where_it_is_reached(tmp_path, corpus_dir):
     assert quick["seconds"] < stock["seconds"] and never["updates"] > quick["updates"]
 
 
+@pytest.mark.slow
+def test_a_run_is_resumed_from_where_it_was_ended():
+    found = start_times(["--num_hidden_layers", "1", "--hidden_size", "64", "--num_attention_heads", "1"])
+    few, more = found["resumed"]
+    assert 10 <= few < 100 <= more
+    assert min(found["cold"], found["warm"], *found["resumed"].values()) > 0
+
+
 def test_a_goal_counts_training_time_only(monkeypatch):
     now = 0.0
     monkeypatch.setattr("time.perf_counter", lambda: now)
@@ -177,10 +186,7 @@ def test_the_report_has_a_row_for_each_way_and_each_axis(tmp_path):
     ("words", "message"),
     [
         ("--part data", "--part: unknown option; did you mean parts?"),
-        (
-            "--parts data,speed",
-            "parts speed: allowed: ratios, ablation, growth, data, loss, start, with commas",
-        ),
+        ("--parts data,speed", "parts speed: allowed: ratios, ablation, growth, data, loss, start, with"),
         ("--sizes large", "sizes large: allowed: 6x256, BERT-base"),
         ("--repeats 0", "repeats 0: must be at least 1"),
         ("--seconds -1", "seconds -1.0: must be at least 0"),
