@@ -2,7 +2,7 @@
 
     python recipes/benchmark.py
 
-Leave the machine otherwise idle, for an hour on 2 CPU cores. Every measurement is a process of its own, and
+Leave the machine otherwise idle: 90 minutes on 2 CPU cores. Every measurement is a process of its own, and
 the ways of training alternate, --repeats times. Parts (--parts, with commas) are
 
     ratios     the stock recipe as it comes (float32), the same with every switch that it has (bfloat16,
