@@ -88,7 +88,9 @@ def stock_loss(options: dict[str, Any], seconds: float) -> dict[str, Any]:
     args, accelerator, data, validation = _prepared(options)
     torch.manual_seed(args.seed)
     goal = Goal(seconds)
-    trained = train_stock(args, data.tokenizer, data.stores[0], accelerator, (), goal.answer)
+    store = data.stores[0]
+    everything = store.blocks("train", args.max_seq_length)
+    trained = train_stock(args, data.tokenizer, store, accelerator, (), goal.answer, blocks=everything)
     # The same weights in our class, which takes the frozen masks.
     model = BertLnForMaskedLM(model_config(args, vocab_size=args.vocab_size, pad_token_id=0))
     model.load_state_dict(trained.state_dict())

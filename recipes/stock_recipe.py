@@ -22,7 +22,7 @@ from transformers import (
 from recipes.arguments import PretrainingArguments
 from recipes.token_store import TokenStore
 
-# Blocks that are gone through again and again.
+# Blocks that are gone through again and again where only speed counts.
 BLOCKS = 2048
 
 
@@ -33,6 +33,7 @@ def train_stock(
     accelerator: Accelerator,
     switches: Collection[str],
     after_update: Callable[[], bool],
+    blocks: int = BLOCKS,
 ) -> BertForMaskedLM:
     """Train until `after_update`, which is called after each update, says that it is enough.
 
@@ -43,15 +44,14 @@ def train_stock(
     model.set_attn_implementation("eager" if "eager" in switches else "sdpa")
     model.train()
     optimizer = torch.optim.AdamW(_groups(model), lr=args.learning_rate, fused="bf16" in switches or None)
-    blocks = store.read_blocks(
-        "train", np.arange(BLOCKS) % store.blocks("train", args.max_seq_length), args.max_seq_length
-    )
+    chosen = np.arange(blocks) % store.blocks("train", args.max_seq_length)
+    ids = store.read_blocks("train", chosen, args.max_seq_length)
     dataset = Dataset.from_dict(
         {
-            "input_ids": blocks,
-            "token_type_ids": np.zeros_like(blocks),
-            "attention_mask": np.ones_like(blocks),
-            "special_tokens_mask": np.isin(blocks, tokenizer.all_special_ids).astype(np.int64),
+            "input_ids": ids,
+            "token_type_ids": np.zeros_like(ids),
+            "attention_mask": np.ones_like(ids),
+            "special_tokens_mask": np.isin(ids, tokenizer.all_special_ids).astype(np.int64),
         }
     )
     collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=args.mlm_probability)
