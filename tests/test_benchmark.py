@@ -89,6 +89,7 @@ def test_the_time_to_a_loss_ends_where_it_is_reached(tmp_path, corpus_dir):
         "sample_by": "paragraph",
         "validation_split_percentage": 10.0,
         "learning_rate": 1e-3,
+        "norm_placement": "post",
     }
     prepare_stores(build_arguments(options), 0)
     found = time_to_loss(options, {"quick": {}, "never": {"learning_rate": 0.0}}, minutes=0.1)
