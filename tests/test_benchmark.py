@@ -92,7 +92,9 @@ def test_the_time_to_a_loss_ends_where_it_is_reached(tmp_path, corpus_dir):
         "norm_placement": "post",
     }
     prepare_stores(build_arguments(options), 0)
-    found = time_to_loss(options, {"quick": {}, "never": {"learning_rate": 0.0}}, minutes=0.1)
+    found = time_to_loss(
+        options, {"quick": {"learning_rate": 1e-2}, "never": {"learning_rate": 0.0}}, minutes=0.02
+    )
     stock, quick, never = found["stock"], found["quick"], found["never"]
     assert len({way["masks"] for way in found.values()}) == 1
     assert quick["curve"][-1][1] == quick["loss"] <= stock["loss"] < never["loss"]
