@@ -13,13 +13,13 @@ the ways of training alternate, --repeats times. Parts (--parts, with commas) ar
     growth     ours against depth, width, length, vocabulary and batch, with fitted exponents; one round
     data       rate of building a token store beside the bare tokenizers library; time to the first batch
                after a resume against the updates done; rate of a validation
-    loss       training time that ours needs to the validation loss that the stock recipe, as it comes,
-               reaches in --minutes; same corpus, same frozen masks, learning rates constant after warm-up
+    loss       validation loss of the stock recipe, as it comes, over --minutes of training, and of ours over
+               a quarter of them; same corpus, same frozen masks, learning rates constant after warm-up
     start      time of the default run from its command to its first update: from nothing, with the token
                store there, and resumed after few updates and after more
 
 Blocks are full: all tokens that are counted are real. The ceiling is a bfloat16 matrix product, measured in
-the same process just before and just after. It writes benchmark.json, benchmark.md and benchmark.png into
+the same process just before and just after. It writes benchmark.json, benchmark.md and figures into
 --output_dir. Exit codes: 0 done, 2 a mistake in options.
 """
 
@@ -91,7 +91,7 @@ GROWTH: dict[str, list[tuple[int, dict[str, Any]]]] = {
     "vocabulary": [(n, {"vocab_size": n}) for n in (8192, 16384, 30522)],
     "batch": [(n, {"per_device_train_batch_size": n}) for n in (8, 16, 32, 64)],
 }
-# To the loss of the stock recipe: ours with the same options, and with those that learn faster.
+# Beside the loss of the stock recipe: ours with the same options, and with those that learn faster.
 ALIKE = COMMON | SMALL | DROPOUT | {"learning_rate": 5e-4, "warmup_steps": 100}
 WAYS: dict[str, dict[str, Any]] = {
     "the same options": {},

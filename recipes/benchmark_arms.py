@@ -88,7 +88,8 @@ def measure(arm: Arm, options: dict[str, Any], seconds: float) -> dict[str, Any]
     if is_ours:
         train_ours(args, data, accelerator, clock, arm)
     else:
-        train_stock(args, data.tokenizer, data.stores[0], accelerator, arm.kind.split(), clock.answer)
+        switches = arm.kind.split()
+        train_stock(args, data.tokenizer, data.stores[0], accelerator, switches, lambda _: clock.answer())
     peak_bytes = _peak(device) - before
     ceilings.append(matmul_rate(device, torch.bfloat16))
     ceiling = sum(ceilings) / 2

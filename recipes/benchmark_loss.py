@@ -1,4 +1,4 @@
-"""How long ours needs to the validation loss that the stock recipe reaches in a given time."""
+"""The loss that ours and the stock recipe have after a training time: same corpus, same frozen masks."""
 
 import time
 from collections.abc import Iterator
@@ -23,18 +23,20 @@ from recipes.stages import build_stages
 from recipes.stock_recipe import train_stock
 from recipes.validation import Validation
 
-# Validation blocks, and after how many updates ours is validated. Neither costs training time.
-EVAL_SAMPLES, EVERY = 200, 10
+# Blocks of a validation, and updates from one to the next. Validations cost no training time.
+EVAL_SAMPLES, EVERY = 200, 20
+# Of the stock recipe's time, what each of ours is given.
+SHARE = 0.25
 
 
-class Goal:
-    """Training time, without validations; in the place of the `StopRequest` of our loop, which it ends."""
+class Course:
+    """Training time, and losses on the way; in the place of the `StopRequest` of our loop, which it ends."""
 
-    def __init__(self, seconds: float, loss: float | None = None) -> None:
-        """Enough is a validation at `loss` or below, or `seconds`."""
-        self.limit, self.loss, self.agreed = seconds, loss, False
-        self.curve: list[tuple[float, float]] = []
-        self.updates, self.start = 0, time.perf_counter()
+    def __init__(self, seconds: float) -> None:
+        """It is enough after `seconds` of training."""
+        self.limit, self.agreed, self.updates = seconds, False, 0
+        self.curve: list[tuple[int, float, float]] = []
+        self.start = time.perf_counter()
 
     @property
     def seconds(self) -> float:
@@ -50,11 +52,6 @@ class Goal:
         self.agreed = self.seconds > self.limit
         return self.agreed
 
-    def note(self, loss: float) -> None:
-        """Take the result of a validation."""
-        self.curve.append((self.seconds, loss))
-        self.agreed = self.agreed or (self.loss is not None and loss <= self.loss)
-
     @contextmanager
     def paused(self) -> Iterator[None]:
         """What happens within is not training time."""
@@ -64,18 +61,16 @@ class Goal:
 
 
 def time_to_loss(options: dict[str, Any], ways: dict[str, dict[str, Any]], minutes: float) -> dict[str, Any]:
-    """Train the stock model for `minutes`, then ours in each of `ways` (options over `options`) to its loss.
+    """Train the stock model for `minutes`, and ours in each of `ways` (over `options`) for `SHARE` of them.
 
     Returns:
-        loss, seconds and updates of `stock`, and of each way, with its curve: pairs of seconds and loss. A
-        way that needs longer than stock did is ended there.
+        For `stock` and each way the `curve` (updates, seconds of training and validation loss) and the
+        fingerprint of the `masks` of its validations.
     """
-    stock = _in_child(stock_loss, options, 60 * minutes)
-    ours = {
-        name: _in_child(our_time, options | way, stock["loss"], stock["seconds"])
-        for name, way in ways.items()
-    }
-    return {"stock": stock, **ours}
+    found = {"stock": _in_child(_stock, options, 60 * minutes)}
+    for name, way in ways.items():
+        found[name] = _in_child(_ours, options | way, 60 * minutes * SHARE)
+    return found
 
 
 def _in_child(function: Any, *arguments: Any) -> dict[str, Any]:
@@ -83,42 +78,41 @@ def _in_child(function: Any, *arguments: Any) -> dict[str, Any]:
         return child.submit(function, *arguments).result()
 
 
-def stock_loss(options: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Train the stock model, as it comes, for `seconds`, and validate it."""
+def _stock(options: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """The stock model, as it comes. It is validated in our class, which takes the frozen masks."""
     args, accelerator, data, validation = _prepared(options)
+    twin = BertLnForMaskedLM(model_config(args, vocab_size=args.vocab_size, pad_token_id=0))
+    twin.config.sparse_prediction = True
     torch.manual_seed(args.seed)
-    goal = Goal(seconds)
+    course = Course(seconds)
+
+    def after_update(model: PreTrainedModel) -> bool:
+        enough = course.answer()
+        if enough or course.updates % EVERY == 0:
+            with course.paused():
+                twin.load_state_dict(accelerator.unwrap_model(model).state_dict())
+                loss = _loss(validation, twin, accelerator, args)
+            course.curve.append((course.updates, course.seconds, loss))
+        return enough
+
     store = data.stores[0]
     everything = store.blocks("train", args.max_seq_length)
-    trained = train_stock(args, data.tokenizer, store, accelerator, (), goal.answer, blocks=everything)
-    # The same weights in our class, which takes the frozen masks.
-    model = BertLnForMaskedLM(model_config(args, vocab_size=args.vocab_size, pad_token_id=0))
-    model.load_state_dict(trained.state_dict())
-    model.config.sparse_prediction = True
-    took = goal.seconds
-    loss = _loss(validation, model, accelerator, args)
-    return {"seconds": took, "updates": goal.updates, "loss": loss, "masks": validation.mask_fingerprint}
+    train_stock(args, data.tokenizer, store, accelerator, (), after_update, blocks=everything)
+    return {"curve": course.curve, "masks": validation.mask_fingerprint}
 
 
-def our_time(options: dict[str, Any], loss: float, limit: float) -> dict[str, Any]:
-    """Train ours until a validation is at `loss` or below, at most `limit` seconds."""
+def _ours(options: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Our loop on our model."""
     args, accelerator, data, validation = _prepared(options | {"eval_steps": EVERY})
-    goal = Goal(limit, loss)
+    course = Course(seconds)
 
     def evaluate(model: PreTrainedModel) -> None:
-        with goal.paused():
-            found = _loss(validation, model, accelerator, args)
-        goal.note(found)
+        with course.paused():
+            loss = _loss(validation, model, accelerator, args)
+        course.curve.append((course.updates, course.seconds, loss))
 
-    train_ours(args, data, accelerator, goal, evaluate=evaluate)
-    seconds, reached = goal.curve[-1]
-    return {
-        "seconds": seconds,
-        "updates": goal.updates,
-        "loss": reached,
-        "masks": validation.mask_fingerprint,
-        "curve": goal.curve,
-    }
+    train_ours(args, data, accelerator, course, evaluate=evaluate)
+    return {"curve": course.curve, "masks": validation.mask_fingerprint}
 
 
 def _prepared(

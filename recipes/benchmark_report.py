@@ -13,7 +13,7 @@ Rounds = list[dict[str, Any]]
 
 
 def write_benchmark(results: dict[str, Any], folder: Path) -> list[Path]:
-    """Write all values, the tables and the figure; return the files."""
+    """Write all values, the tables and the figures; return the files."""
     values, tables = folder / "benchmark.json", folder / "benchmark.md"
     values.write_text(json.dumps(results, indent=1) + "\n")
     tables.write_text("\n".join(_page(results)) + "\n")
@@ -21,6 +21,9 @@ def write_benchmark(results: dict[str, Any], folder: Path) -> list[Path]:
     if "ratios" in results or "ablation" in results:
         files.append(folder / "benchmark.png")
         draw(results).savefig(files[-1], dpi=150)
+    if "loss" in results:
+        files.append(folder / "benchmark_loss.png")
+        draw_losses(results["loss"]).savefig(files[-1], dpi=150)
     return files
 
 
@@ -108,11 +111,14 @@ def _data(found: dict[str, Any]) -> Iterator[str]:
 
 
 def _loss(found: dict[str, Any]) -> Iterator[str]:
-    yield "| way | updates | training time (s) | part of stock's | validation loss |"
+    goal = min(loss for _, _, loss in found["stock"]["curve"])
+    limit = found["stock"]["curve"][-1][1]
+    yield f"| way | updates | training time (s) | last loss | part of stock's time to {goal:.3f} or below |"
     yield "|---|---|---|---|---|"
     for name, way in found.items():
-        share = way["seconds"] / found["stock"]["seconds"]
-        yield f"| {name} | {way['updates']} | {way['seconds']:.0f} | {share:.2f} | {way['loss']:.3f} |"
+        updates, seconds, loss = way["curve"][-1]
+        reached = next((f"{time / limit:.3f}" for _, time, at in way["curve"] if at <= goal), "not reached")
+        yield f"| {name} | {updates} | {seconds:.0f} | {loss:.3f} | {reached} |"
 
 
 def _start(found: dict[str, Any]) -> Iterator[str]:
@@ -161,6 +167,24 @@ def draw(results: dict[str, Any]) -> Figure:
     for panel, (part, arms) in zip(panels, shown.items(), strict=True):
         _bars(panel, arms)
         panel.set_title(part, loc="left")
+    return figure
+
+
+def draw_losses(found: dict[str, Any]) -> Figure:
+    """Validation loss against training time and against updates; dashed, the lowest loss of stock."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    by_time, by_update = figure.subplots(1, 2, sharey=True)
+    for number, (way, course) in enumerate(found.items()):
+        updates, seconds, losses = np.array(course["curve"]).T
+        colour = "C7" if way == "stock" else f"C{number - 1}"
+        by_time.plot(seconds, losses, color=colour, label=way)
+        by_update.plot(updates, losses, color=colour, label=way)
+    goal = min(loss for _, _, loss in found["stock"]["curve"])
+    for axes, name in ((by_time, "training time (s)"), (by_update, "update")):
+        axes.axhline(goal, color="C7", linestyle="--", linewidth=1)
+        axes.set(xscale="log", xlabel=name)
+    by_time.set_ylabel("validation loss (nats a masked token)")
+    by_update.legend(frameon=False)
     return figure
 
 

@@ -15,6 +15,7 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     DataCollatorForLanguageModeling,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     get_scheduler,
 )
@@ -32,13 +33,13 @@ def train_stock(
     store: TokenStore,
     accelerator: Accelerator,
     switches: Collection[str],
-    after_update: Callable[[], bool],
+    after_update: Callable[[PreTrainedModel], bool],
     blocks: int = BLOCKS,
-) -> BertForMaskedLM:
-    """Train until `after_update`, which is called after each update, says that it is enough.
+) -> None:
+    """Train until `after_update`, which is called with the model after each update, says that it is enough.
 
     Of `switches`, `bf16` brings fused AdamW (autocast is the accelerator's affair), `compiled` torch.compile
-    and `eager` plain attention. Returns the model.
+    and `eager` plain attention.
     """
     model = BertForMaskedLM(stock_config(args))
     model.set_attn_implementation("eager" if "eager" in switches else "sdpa")
@@ -69,8 +70,8 @@ def train_stock(
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-            if after_update():
-                return accelerator.unwrap_model(model, keep_torch_compile=False)
+            if after_update(model):
+                return
 
 
 def stock_config(args: PretrainingArguments) -> BertConfig:

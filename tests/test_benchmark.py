@@ -14,7 +14,7 @@ from recipes.arguments import model_config
 from recipes.batches import with_all_positions
 from recipes.benchmark import ABLATION, GROWTH, KINDS, Arm, main, parse_command_line
 from recipes.benchmark_arms import Clock, _switch_off
-from recipes.benchmark_loss import Goal, time_to_loss
+from recipes.benchmark_loss import SHARE, Course, time_to_loss
 from recipes.benchmark_report import exponent, ratios, write_benchmark
 from recipes.benchmark_start import start_times
 from recipes.command_line import build_arguments
@@ -82,7 +82,7 @@ def test_each_way_of_training_is_measured(tmp_path, corpus_dir):
 
 
 @pytest.mark.slow
-def test_the_time_to_a_loss_ends_where_it_is_reached(tmp_path, corpus_dir):
+def test_losses_are_taken_from_the_weights_that_are_trained(tmp_path, corpus_dir):
     options = OPTIONS | {
         "cache_dir": str(tmp_path),
         "train_file": str(corpus_dir),
@@ -92,14 +92,13 @@ def test_the_time_to_a_loss_ends_where_it_is_reached(tmp_path, corpus_dir):
         "norm_placement": "post",
     }
     prepare_stores(build_arguments(options), 0)
-    found = time_to_loss(
-        options, {"quick": {"learning_rate": 1e-2}, "never": {"learning_rate": 0.0}}, minutes=0.02
-    )
-    stock, quick, never = found["stock"], found["quick"], found["never"]
+    found = time_to_loss(options, {"same": {}, "idle": {"learning_rate": 0.0}}, minutes=0.1)
     assert len({way["masks"] for way in found.values()}) == 1
-    assert quick["curve"][-1][1] == quick["loss"] <= stock["loss"] < never["loss"]
-    assert all(loss > stock["loss"] for _, loss in quick["curve"][:-1])
-    assert quick["seconds"] < stock["seconds"] and never["updates"] > quick["updates"]
+    losses = {name: [loss for _, _, loss in way["curve"]] for name, way in found.items()}
+    assert len(set(losses["idle"])) == 1
+    for name, limit in (("stock", 6.0), ("same", 6.0 * SHARE)):
+        assert losses[name][-1] < losses[name][0] < losses["idle"][0]
+        assert limit - 1 < found[name]["curve"][-1][1] < limit + 1
 
 
 @pytest.mark.slow
@@ -110,20 +109,16 @@ def test_a_run_is_resumed_from_where_it_was_ended():
     assert min(found["cold"], found["warm"], *found["resumed"].values()) > 0
 
 
-def test_a_goal_counts_training_time_only(monkeypatch):
+def test_training_time_is_without_validations(monkeypatch):
     now = 0.0
     monkeypatch.setattr("time.perf_counter", lambda: now)
-    goal = Goal(100.0, loss=5.0)
+    course = Course(100.0)
     now = 10.0
-    with goal.paused():
-        now = 70.0
-    goal.note(6.0)
-    assert (goal.seconds, goal.agreed) == (10.0, False)
-    goal.note(5.0)
-    assert goal.agreed
-    goal = Goal(100.0)
-    now = 170.5
-    assert goal.answer()
+    with course.paused():
+        now = 150.0
+    assert (course.seconds, course.answer(), course.updates) == (10.0, False, 1)
+    now = 240.5
+    assert course.answer() and course.agreed
 
 
 def test_the_first_updates_are_not_timed(monkeypatch):
@@ -168,21 +163,23 @@ def test_the_report_has_a_row_for_each_way_and_each_axis(tmp_path):
             "validation_tokens_per_second": 5.0,
         },
         "loss": {
-            "stock": {"seconds": 1200.0, "updates": 90, "loss": 6.5},
-            "ours": {"seconds": 240.0, "updates": 80, "loss": 6.4},
+            "stock": {"curve": [(20, 300.0, 7.0), (40, 600.0, 6.5), (80, 1200.0, 6.55)]},
+            "quick": {"curve": [(20, 60.0, 6.6), (40, 120.0, 6.5), (60, 180.0, 6.4)]},
+            "slow": {"curve": [(20, 60.0, 6.6)]},
         },
         "start": {"cold": 20.0, "warm": 8.0, "resumed": {10: 9.0}},
     }
-    values, tables, figure = write_benchmark(results, tmp_path)
+    values, tables, *figures = write_benchmark(results, tmp_path)
     assert json.loads(values.read_text())["circumstances"] == "here"
     text = tables.read_text()
     assert "| 6x256, 0.1 | ours compiled | 1.00 (1.00-1.00) |" in text
     assert "| 6x256, 0.1 | ours | 1.50 (1.50-1.50) | 1.50 (1.50-1.50) | 1.00 (1.00-1.00) |" in text
     assert "| resumed after 10 updates | 9.0 |" in text
-    assert "| ours | 80 | 240 | 0.20 | 6.400 |" in text
+    assert "| quick | 60 | 180 | 6.400 | 0.100 |" in text
+    assert "| slow | 20 | 60 | 6.600 | not reached |" in text
     assert all(f"| {arm.name} |" in text for arm in ABLATION)
     assert all(f"| {what} |" in text for what in GROWTH) and "| -1.00 |" in text
-    assert figure.stat().st_size > 10_000
+    assert len(figures) == 2 and all(figure.stat().st_size > 10_000 for figure in figures)
 
 
 @pytest.mark.parametrize(
