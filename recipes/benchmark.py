@@ -15,6 +15,8 @@ the ways of training alternate, --repeats times. Parts (--parts, with commas) ar
                after a resume against the updates done; rate of a validation
     loss       validation loss of the stock recipe, as it comes, over --minutes of training, and of ours over
                a quarter of them; same corpus, same frozen masks, learning rates constant after warm-up
+    scaling    ours with one process and with two, which share blocks and cores, beside what the cost model of
+               recipes/estimate.py predicts
     start      time of the default run from its command to its first update: from nothing, with the token
                store there, and resumed after few updates and after more
 
@@ -38,6 +40,7 @@ from recipes.benchmark_arms import Arm, measure
 from recipes.benchmark_data import measure_data
 from recipes.benchmark_loss import time_to_loss
 from recipes.benchmark_report import write_benchmark
+from recipes.benchmark_scaling import scaling
 from recipes.benchmark_start import start_times
 from recipes.command_line import DEFAULT_CONFIG, Parser, build_arguments, read_yaml, refuse_unknown
 from recipes.errors import UserError
@@ -90,6 +93,7 @@ GROWTH: dict[str, list[tuple[int, dict[str, Any]]]] = {
     ],
     "vocabulary": [(n, {"vocab_size": n}) for n in (8192, 16384, 30522)],
     "batch": [(n, {"per_device_train_batch_size": n}) for n in (8, 16, 32, 64)],
+    "batch of BERT-base": [(n, sizes_of(768, 12, n)) for n in (8, 16, 32)],
 }
 # Beside the loss of the stock recipe: ours with the same options, and with those that learn faster.
 ALIKE = COMMON | SMALL | DROPOUT | {"learning_rate": 5e-4, "warmup_steps": 100}
@@ -105,7 +109,7 @@ WAYS: dict[str, dict[str, Any]] = {
         "initializer_range": 0.04,
     },
 }
-PARTS = ("ratios", "ablation", "growth", "data", "loss", "start")
+PARTS = ("ratios", "ablation", "growth", "data", "loss", "scaling", "start")
 
 
 def main() -> int:
@@ -169,6 +173,8 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
         measured["data"] = measure_data(args)
     if "loss" in parts:
         measured["loss"] = time_to_loss(ALIKE, WAYS, given.minutes)
+    if "scaling" in parts:
+        measured["scaling"] = scaling({n: COMMON | size for n, size in SIZES.items()}, seconds, repeats)
     if "start" in parts:
         measured["start"] = start_times([])
     hardware = describe_hardware(Accelerator(mixed_precision="no").device, 1)

@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 from transformers.models.bert.modeling_bert import BertEmbeddings
 
@@ -59,7 +60,8 @@ class Clock:
             torch.cuda.synchronize()
         self.marks.append(time.perf_counter())
         timed = self.marks[WARM_UP - 1 :]
-        self.agreed = len(timed) > LEAST_UPDATES and timed[-1] - timed[0] > self.seconds
+        is_enough = len(timed) > LEAST_UPDATES and timed[-1] - timed[0] > self.seconds
+        self.agreed = broadcast_object_list([is_enough])[0]  # all processes end together
         return self.agreed
 
     @property
@@ -73,9 +75,9 @@ def measure(arm: Arm, options: dict[str, Any], seconds: float) -> dict[str, Any]
     """Train for `seconds` after the first updates, on blocks that are in the cache already.
 
     Returns:
-        tokens_per_second, mfu (of the operations that the arm's model needs, by the mean of the bf16 ceilings
-        just before and just after), ceiling in FLOP/s, peak_bytes above the process before there was a model,
-        and updates that were made.
+        tokens_per_second of all processes; of this one mfu (of the operations that the arm's model needs, by
+        the mean of the bf16 ceilings just before and just after), ceiling in FLOP/s, peak_bytes above the
+        process before there was a model, and updates that were made.
     """
     set_threads()
     args = build_arguments(options | arm.options)
@@ -94,13 +96,13 @@ def measure(arm: Arm, options: dict[str, Any], seconds: float) -> dict[str, Any]
     ceilings.append(matmul_rate(device, torch.bfloat16))
     ceiling = sum(ceilings) / 2
     tokens = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.max_seq_length
-    rate = tokens / clock.seconds_per_update
+    rate = tokens * accelerator.num_processes / clock.seconds_per_update
     # The stock head works everywhere, and so does its last layer.
     share = args.mlm_probability if is_ours and arm.without != "sparse_head" else 1.0
     flops = training_flops(_config(args), args.max_seq_length, share)
     return {
         "tokens_per_second": rate,
-        "mfu": rate * flops / ceiling,
+        "mfu": rate / accelerator.num_processes * flops / ceiling,
         "ceiling": ceiling,
         "peak_bytes": peak_bytes,
         "updates": len(clock.marks),
@@ -134,7 +136,8 @@ def train_ours(
     optimizer = build_optimizer(model, args)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     stages = build_stages(args)
-    batches = TrainingBatches(data.stores, data.weights, Masker(data.tokenizer, args), args, stages, 0, 1)
+    masker, place = Masker(data.tokenizer, args), (accelerator.process_index, accelerator.num_processes)
+    batches = TrainingBatches(data.stores, data.weights, masker, args, stages, *place)
     if arm.without == "sparse_head":
         batches = DenseBatches(batches)
     calls = {

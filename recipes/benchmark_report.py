@@ -81,7 +81,7 @@ def _ablation(arms: dict[str, Rounds]) -> Iterator[str]:
 
 
 def _growth(arms: dict[str, Rounds]) -> Iterator[str]:
-    yield "| what grows | time of a token (us) at | exponent |"
+    yield "| what grows | time of a token (us), share of the ceiling | exponent |"
     yield "|---|---|---|"
     for what in dict.fromkeys(name.split("|")[0] for name in arms):
         points = {
@@ -89,8 +89,9 @@ def _growth(arms: dict[str, Rounds]) -> Iterator[str]:
         }
         # By the ceiling of the moment, so that a machine that is slower for a while changes nothing.
         costs = [rounds[0]["ceiling"] / rounds[0]["tokens_per_second"] for rounds in points.values()]
-        times = ", ".join(
-            f"{number}: {1e6 / rounds[0]['tokens_per_second']:.0f}" for number, rounds in points.items()
+        times = "; ".join(
+            f"{number}: {1e6 / rounds[0]['tokens_per_second']:.0f}, {rounds[0]['mfu']:.0%}"
+            for number, rounds in points.items()
         )
         yield f"| {what} | {times} | {exponent(list(points), costs):.2f} |"
 
@@ -121,6 +122,15 @@ def _loss(found: dict[str, Any]) -> Iterator[str]:
         yield f"| {name} | {updates} | {seconds:.0f} | {loss:.3f} | {reached} |"
 
 
+def _scaling(found: dict[str, Any]) -> Iterator[str]:
+    yield "| model | tokens/s of one process | of two | two by one | predicted |"
+    yield "|---|---|---|---|---|"
+    for name, size in found.items():
+        one, two = size["measured"].values()
+        cells = (_rates(one), _rates(two), spread(ratios(two, [one])), spread(size["predicted"]))
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
 def _start(found: dict[str, Any]) -> Iterator[str]:
     yield "| from the command to the first update | seconds |"
     yield "|---|---|"
@@ -136,6 +146,7 @@ PARTS = {
     "growth": _growth,
     "data": _data,
     "loss": _loss,
+    "scaling": _scaling,
     "start": _start,
 }
 

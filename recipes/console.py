@@ -113,10 +113,12 @@ def diverged_line(output_dir: Path, step: int) -> str:
 def results_lines(output_dir: Path, results: dict[str, Any]) -> list[str]:
     """How the run ended, and what to run next."""
     below = results["below_unigram_cross_entropy"]
+    share = results.get("validation_seconds", 0.0) / results["elapsed_seconds"]
     return [
         "",
         f"validation loss {results['validation_loss']:.4f} after {results['step']:,} updates and "
-        f"{clock(results['elapsed_seconds'])}: {_below(below, results['validation_loss'] + below)}",
+        f"{clock(results['elapsed_seconds'])} ({share:.1%} of it in validations): "
+        f"{_below(below, results['validation_loss'] + below)}",
         f"{'model':<12}{output_dir} (from_pretrained loads it)",
         *next_commands(output_dir),
     ]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -482,9 +483,11 @@ class Run:
         self._record(line)
 
     def _evaluate(self, state: TrainState) -> None:
+        began = time.perf_counter()
         values = self._validate()
         if values is None:  # asked to stop meanwhile
             return
+        values["validation_seconds"] = time.perf_counter() - began
         self.print(console.validation_line(state.step, values, self.unigram_cross_entropy))
         below = self.unigram_cross_entropy - values["validation_loss"]
         self._record({"step": state.step, **values, "below_unigram_cross_entropy": below})
@@ -586,6 +589,7 @@ class Run:
             **{name: validations[-1][name] if validations else None for name in RESULTS},
             "tokens_seen": state.tokens_seen,
             "elapsed_seconds": state.elapsed_seconds,
+            "validation_seconds": sum(line.get("validation_seconds", 0.0) for line in validations),
             "nonfinite_updates": state.nonfinite_updates,
             "diagnosis": diagnosis,
             "diagnosis_step": since,

@@ -31,7 +31,7 @@ TINY = {
     "eval_steps": 4,
     "save_steps": 4,
 }
-TIMES = ("elapsed_seconds", "tokens_per_second", "mfu")
+TIMES = ("elapsed_seconds", "validation_seconds", "tokens_per_second", "mfu")
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """recipes/benchmark.py: its ways of training do the same work, its figures follow from what is measured."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -13,11 +14,14 @@ from recipes import benchmark
 from recipes.arguments import model_config
 from recipes.batches import with_all_positions
 from recipes.benchmark import ABLATION, GROWTH, KINDS, Arm, main, parse_command_line
-from recipes.benchmark_arms import Clock, _switch_off
+from recipes.benchmark_arms import Clock, _switch_off, measure
 from recipes.benchmark_loss import SHARE, Course, time_to_loss
 from recipes.benchmark_report import exponent, ratios, write_benchmark
+from recipes.benchmark_scaling import predicted_ratio, scaling
 from recipes.benchmark_start import start_times
+from recipes.budget import training_flops
 from recipes.command_line import build_arguments
+from recipes.cost_model import Hardware, Model
 from recipes.errors import UserError
 from recipes.preparation import prepare_stores
 from recipes.stock_recipe import stock_config
@@ -67,14 +71,53 @@ def test_both_sides_train_the_same_parameters():
     assert sizes[0] == sizes[1]
 
 
-@pytest.mark.slow
-def test_each_way_of_training_is_measured(tmp_path, corpus_dir):
-    options = OPTIONS | {
-        "cache_dir": str(tmp_path),
-        "train_file": str(corpus_dir),
-        "sample_by": "paragraph",
-        "validation_split_percentage": 10.0,
+@pytest.fixture
+def options(tmp_path, corpus_dir):
+    """A tiny model on a store that is there."""
+    data = {"cache_dir": str(tmp_path), "train_file": str(corpus_dir), "sample_by": "paragraph"}
+    options = OPTIONS | data | {"validation_split_percentage": 10.0, "norm_placement": "post"}
+    prepare_stores(build_arguments(options), 0)
+    return options
+
+
+def test_both_sides_get_blocks_of_one_shape_and_predict_the_same_share(options, monkeypatch):
+    batches = {"stock": [], "ours": []}
+
+    def noting(name, forward):
+        def noted(model, **batch):
+            batches[name].append(batch)
+            return forward(model, **batch)
+
+        return noted
+
+    monkeypatch.setattr(BertForMaskedLM, "forward", noting("stock", BertForMaskedLM.forward))
+    monkeypatch.setattr(BertLnForMaskedLM, "forward", noting("ours", BertLnForMaskedLM.forward))
+    for kind in batches:
+        measure(Arm(kind, kind), options, 0.0)
+    rows, length = OPTIONS["per_device_train_batch_size"], OPTIONS["max_seq_length"]
+    share = build_arguments(options).mlm_probability
+    capacity = round(share * (length - 2))
+    shapes = {
+        "stock": dict.fromkeys(
+            ("input_ids", "token_type_ids", "attention_mask", "labels"), torch.Size([rows, length])
+        ),
+        "ours": {
+            "input_ids": torch.Size([rows, length]),
+            "masked_positions": torch.Size([rows, capacity]),
+            "labels": torch.Size([rows, capacity]),
+            "num_items_in_batch": torch.Size([]),
+        },
     }
+    for name, seen in batches.items():
+        assert all({key: value.shape for key, value in batch.items()} == shapes[name] for batch in seen)
+        predicted = sum(int((batch["labels"] != -100).sum()) for batch in seen) / len(seen)
+        # The stock collator draws how many.
+        assert predicted == pytest.approx(rows * share * (length - 2), rel=0.4)
+    assert all(batch["attention_mask"].all() for batch in batches["stock"])
+
+
+@pytest.mark.slow
+def test_each_way_of_training_is_measured(options):
     plan = [(Arm(kind, kind, benchmark.NO_DROPOUT), options) for kind in KINDS]
     for (found,) in benchmark._alternate(plan, 1, 0.0).values():
         assert found["updates"] >= 5
@@ -82,16 +125,8 @@ def test_each_way_of_training_is_measured(tmp_path, corpus_dir):
 
 
 @pytest.mark.slow
-def test_losses_are_taken_from_the_weights_that_are_trained(tmp_path, corpus_dir):
-    options = OPTIONS | {
-        "cache_dir": str(tmp_path),
-        "train_file": str(corpus_dir),
-        "sample_by": "paragraph",
-        "validation_split_percentage": 10.0,
-        "learning_rate": 1e-3,
-        "norm_placement": "post",
-    }
-    prepare_stores(build_arguments(options), 0)
+def test_losses_are_taken_from_the_weights_that_are_trained(options):
+    options["learning_rate"] = 1e-3
     found = time_to_loss(options, {"same": {}, "idle": {"learning_rate": 0.0}}, minutes=0.1)
     assert len({way["masks"] for way in found.values()}) == 1
     losses = {name: [loss for _, _, loss in way["curve"]] for name, way in found.items()}
@@ -99,6 +134,27 @@ def test_losses_are_taken_from_the_weights_that_are_trained(tmp_path, corpus_dir
     for name, limit in (("stock", 6.0), ("same", 6.0 * SHARE)):
         assert losses[name][-1] < losses[name][0] < losses["idle"][0]
         assert limit - 1 < found[name]["curve"][-1][1] < limit + 1
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_blocks_of_one(options):
+    found = scaling({"tiny": options}, 0.0, 1)["tiny"]
+    assert [[one["updates"] for one in rounds] for rounds in found["measured"].values()] == [[5], [5]]
+    assert all(rounds[0]["tokens_per_second"] > 0 for rounds in found["measured"].values())
+    assert 0 < found["predicted"][0] < 2
+
+
+def test_the_prediction_counts_the_gradients_that_travel(options, monkeypatch):
+    args, one = build_arguments(options), {"ceiling": 1e12, "mfu": 0.5}
+    parameters = Model.of(model_config(args, vocab_size=args.vocab_size, pad_token_id=0), 0.15).parameters
+    tokens = args.per_device_train_batch_size * args.max_seq_length
+    config = model_config(args, vocab_size=args.vocab_size, pad_token_id=0)
+    alone = tokens * training_flops(config, args.max_seq_length, args.mlm_probability) / 0.5e12
+    # Each of two sends and gets the bytes of the gradient once, and no memory is shared that has no limit.
+    bare = Hardware("cpu", 1.0, 1.0, math.inf, 1e9, math.inf, 2, link_seconds=0.0, overlaps=False)
+    monkeypatch.setattr("recipes.benchmark_scaling.find_hardware", lambda name, devices: bare)
+    monkeypatch.setattr("recipes.cost_model.COLLECTIVE_SECONDS", 0.0)
+    assert predicted_ratio(args, one) == pytest.approx(alone / (alone + 4 * parameters / 1e9))
 
 
 @pytest.mark.slow
@@ -167,6 +223,7 @@ def test_the_report_has_a_row_for_each_way_and_each_axis(tmp_path):
             "quick": {"curve": [(20, 60.0, 6.6), (40, 120.0, 6.5), (60, 180.0, 6.4)]},
             "slow": {"curve": [(20, 60.0, 6.6)]},
         },
+        "scaling": {"BERT-base": {"measured": {1: [round_of(8.0)], 2: [round_of(6.0)]}, "predicted": [0.8]}},
         "start": {"cold": 20.0, "warm": 8.0, "resumed": {10: 9.0}},
     }
     values, tables, *figures = write_benchmark(results, tmp_path)
@@ -174,6 +231,7 @@ def test_the_report_has_a_row_for_each_way_and_each_axis(tmp_path):
     text = tables.read_text()
     assert "| 6x256, 0.1 | ours compiled | 1.00 (1.00-1.00) |" in text
     assert "| 6x256, 0.1 | ours | 1.50 (1.50-1.50) | 1.50 (1.50-1.50) | 1.00 (1.00-1.00) |" in text
+    assert "| BERT-base | 8 | 6 | 0.75 (0.75-0.75) | 0.80 (0.80-0.80) |" in text
     assert "| resumed after 10 updates | 9.0 |" in text
     assert "| quick | 60 | 180 | 6.400 | 0.100 |" in text
     assert "| slow | 20 | 60 | 6.600 | not reached |" in text
@@ -186,7 +244,10 @@ def test_the_report_has_a_row_for_each_way_and_each_axis(tmp_path):
     ("words", "message"),
     [
         ("--part data", "--part: unknown option; did you mean parts?"),
-        ("--parts data,speed", "parts speed: allowed: ratios, ablation, growth, data, loss, start, with"),
+        (
+            "--parts data,speed",
+            "parts speed: allowed: ratios, ablation, growth, data, loss, scaling, start, with",
+        ),
         ("--sizes large", "sizes large: allowed: 6x256, BERT-base"),
         ("--repeats 0", "repeats 0: must be at least 1"),
         ("--seconds -1", "seconds -1.0: must be at least 0"),

@@ -57,6 +57,38 @@ def test_the_last_layer_works_where_it_is_needed_and_gives_the_same(placement):
     torch.testing.assert_close(gradients, plain_gradients, rtol=1e-7, atol=1e-12)
 
 
+DOCUMENTS = torch.tensor([[0] * 5 + [1] * 11, [0] * 16, [0] * 2 + [1] * 8 + [2] * 6])
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments"),
+    [
+        ({}, {"document_ids": DOCUMENTS}),
+        ({"attention_window": 3}, {}),
+        ({"attention_window": 3, "attention_window_global": "last_layer"}, {"document_ids": DOCUMENTS}),
+        ({}, {"attention_mask": (DOCUMENTS < 2).long()}),
+        ({}, {"output_attentions": True}),
+    ],
+)
+def test_it_is_the_same_with_masks_of_all_kinds(settings, arguments):
+    model = ours("ForMaskedLM", "pre", sparse_prediction=True, attn_implementation="eager", **settings)
+    model, batch = randomise(model).double(), masked_batch()
+    assert layer_outputs(model, **batch, **arguments)[1] == CAPACITY
+    torch.testing.assert_close(
+        loss_and_gradients(model, **batch, **arguments),
+        loss_and_gradients(model, **batch, **arguments, output_hidden_states=True),
+    )
+
+
+def test_it_is_the_same_from_embeddings():
+    model, batch = randomise(ours("ForMaskedLM", sparse_prediction=True)).double(), masked_batch()
+    batch["inputs_embeds"] = model.bert.embeddings.word_embeddings(batch.pop("input_ids")).detach()
+    assert layer_outputs(model, **batch)[1] == CAPACITY
+    torch.testing.assert_close(
+        loss_and_gradients(model, **batch), loss_and_gradients(model, **batch, output_hidden_states=True)
+    )
+
+
 @pytest.mark.parametrize(
     ("why", "settings", "arguments"),
     [
