@@ -91,8 +91,8 @@ class BertLnEmbeddings(BertEmbeddings):
             return super().forward(
                 input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length
             )
-        # Every row has the same types and positions: they are looked up once, and their gradients are summed
-        # over the rows before they are scattered.
+        # Every token has the same type: it is looked up once, and gradients are summed before they are
+        # scattered.
         position_ids, token_type_ids = self.position_ids[:, : input_ids.shape[1]], self.token_type_ids[:, :1]
         same = self.position_embeddings(position_ids) + self.token_type_embeddings(token_type_ids)
         return self.dropout(self.LayerNorm(self.word_embeddings(input_ids) + same))

@@ -2,8 +2,8 @@
 
     python recipes/benchmark.py
 
-Leave the machine otherwise idle: 90 minutes on 2 CPU cores. Every measurement is a process of its own, and
-the ways of training alternate, --repeats times. Parts (--parts, with commas) are
+Leave the machine otherwise idle: some two hours on 2 CPU cores. Every measurement is a process of its own,
+and the ways of training alternate, --repeats times. Parts (--parts, with commas) are
 
     ratios     the stock recipe as it comes (float32), the same with every switch that it has (bfloat16,
                fused AdamW, torch.compile; attention by SDPA or plain: the faster of the two counts), and
@@ -16,18 +16,20 @@ the ways of training alternate, --repeats times. Parts (--parts, with commas) ar
     loss       validation loss of the stock recipe, as it comes, over --minutes of training, and of ours over
                a quarter of them; same corpus, same frozen masks, learning rates constant after warm-up
     scaling    ours with one process and with two, which share blocks and cores, beside what the cost model of
-               recipes/estimate.py predicts
+               recipes/estimate.py predicts; on a CPU only
     start      time of the default run from its command to its first update: from nothing, with the token
                store there, and resumed after few updates and after more
 
 Blocks are full: all tokens that are counted are real. The ceiling is a bfloat16 matrix product, measured in
-the same process just before and just after. It writes benchmark.json, benchmark.md and figures into
---output_dir. Exit codes: 0 done, 2 a mistake in options.
+the same process just before and just after. After each part it writes benchmark.json, benchmark.md and
+figures into --output_dir. A GPU wants more at once: --sizes BERT-base --per_device_train_batch_size 256
+--max_seq_length 512. Exit codes: 0 done, 2 a mistake in options.
 """
 
 import argparse
 import shlex
 import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -73,7 +75,7 @@ ABLATION = [
     Arm("ours"),
     Arm("head at all positions", without="sparse_head"),
     Arm("last layer at all positions", without="narrow_layer"),
-    Arm("embeddings looked up for each row", without="shared_embeddings"),
+    Arm("types looked up for each token", without="shared_embeddings"),
     Arm("freed memory given back", without="keep_memory"),
     Arm("attention by sdpa", options={"attn_implementation": "sdpa"}),
     Arm("float32", options={"bf16": False, "attn_implementation": "eager"}),
@@ -109,6 +111,8 @@ WAYS: dict[str, dict[str, Any]] = {
         "initializer_range": 0.04,
     },
 }
+# Options of recipes/pretrain.py that change the batch that is measured.
+SHAPE = ("max_seq_length", "per_device_train_batch_size")
 PARTS = ("ratios", "ablation", "growth", "data", "loss", "scaling", "start")
 
 
@@ -117,8 +121,9 @@ def main() -> int:
     try:
         given = parse_command_line()
         given.output_dir.mkdir(parents=True, exist_ok=True)
-        results = run(given)
-        for file in write_benchmark(results, given.output_dir):
+        for results in run(given):
+            files = write_benchmark(results, given.output_dir)
+        for file in files:
             print(f"wrote {file}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -140,8 +145,12 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--minutes", type=float, default=20.0, help="training time of the stock recipe in loss"
     )
-    parser.add_argument("--parts", default=",".join(PARTS), help="what to measure")
+    device = Accelerator(mixed_precision="no").device
+    possible = [part for part in PARTS if part != "scaling" or device.type == "cpu"]
+    parser.add_argument("--parts", default=",".join(possible), help="what to measure")
     parser.add_argument("--sizes", default=",".join(SIZES), help="models of the ratios")
+    for name in SHAPE:
+        parser.add_argument(f"--{name}", type=int, help="in the ratios and the ablation, instead of theirs")
     parser.add_argument(
         "--output_dir", type=Path, default=Path("output/benchmark"), help="folder of the report"
     )
@@ -154,49 +163,63 @@ def parse_command_line(argv: list[str] | None = None) -> argparse.Namespace:
     for name, least in (("repeats", 1), ("seconds", 0), ("minutes", 0)):
         if not getattr(given, name) >= least:
             raise UserError(f"{name} {getattr(given, name)}: must be at least {least}")
+    build_arguments(COMMON | _shape(given))
+    if "scaling" in given.parts.split(",") and device.type != "cpu":
+        raise UserError(
+            f"parts scaling: shares the cores of a CPU, and this machine has a {device.type} device"
+        )
     return given
 
 
-def run(given: argparse.Namespace) -> dict[str, Any]:
-    """Measure the parts one after the other; the rounds of a part alternate between its arms."""
-    parts, repeats, seconds = given.parts.split(","), given.repeats, given.seconds
-    threads = set_threads()
+def run(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Measure the parts one after the other; the rounds of a part alternate between its arms.
+
+    Yields:
+        All results so far, after each part.
+    """
+    repeats, seconds, shape = given.repeats, given.seconds, _shape(given)
+    threads, hardware = set_threads(), describe_hardware(Accelerator(mixed_precision="no").device, 1)
     args = build_arguments(COMMON)
     prepare_stores(args, 0)  # not part of any measurement
-    plans = {"ratios": _ratios(given.sizes.split(",")), "ablation": _ablation(), "growth": _growth()}
-    measured = {
-        part: _alternate(plan, 1 if part == "growth" else repeats, seconds)
-        for part, plan in plans.items()
-        if part in parts
+    parts: dict[str, Callable[[], Any]] = {
+        "ratios": lambda: _alternate(_ratios(given.sizes.split(","), shape), repeats, seconds),
+        "ablation": lambda: _alternate(_ablation(shape), repeats, seconds),
+        "growth": lambda: _alternate(_growth(), 1, seconds),
+        "data": lambda: measure_data(args),
+        "loss": lambda: time_to_loss(ALIKE, WAYS, given.minutes),
+        "scaling": lambda: scaling({n: COMMON | size for n, size in SIZES.items()}, seconds, repeats),
+        "start": lambda: start_times([]),
     }
-    if "data" in parts:
-        measured["data"] = measure_data(args)
-    if "loss" in parts:
-        measured["loss"] = time_to_loss(ALIKE, WAYS, given.minutes)
-    if "scaling" in parts:
-        measured["scaling"] = scaling({n: COMMON | size for n, size in SIZES.items()}, seconds, repeats)
-    if "start" in parts:
-        measured["start"] = start_times([])
-    hardware = describe_hardware(Accelerator(mixed_precision="no").device, 1)
-    circumstances = f"{hardware}, {threads}, {repeats} rounds of at least {seconds:g} s"
-    return {"circumstances": circumstances, "command": shlex.join(["python", *sys.argv]), **measured}
+    results: dict[str, Any] = {
+        "circumstances": f"{hardware}, {threads}, {repeats} rounds of at least {seconds:g} s",
+        "command": shlex.join(["python", *sys.argv]),
+    }
+    for part, measure_part in parts.items():
+        if part in given.parts.split(","):
+            results[part] = measure_part()
+            yield results
+
+
+def _shape(given: argparse.Namespace) -> dict[str, int]:
+    """The options of a batch's shape that were given."""
+    return {name: value for name in SHAPE if (value := getattr(given, name)) is not None}
 
 
 # Ways of training, each with the options that it shares with others.
 Plan = list[tuple[Arm, dict[str, Any]]]
 
 
-def _ratios(sizes: list[str]) -> Plan:
+def _ratios(sizes: list[str], shape: dict[str, int]) -> Plan:
     return [
-        (Arm(f"{size}|{dropout['hidden_dropout_prob']}|{kind}", kind, dropout), COMMON | SIZES[size])
+        (Arm(f"{size}|{dropout['hidden_dropout_prob']}|{kind}", kind, dropout), COMMON | SIZES[size] | shape)
         for size in sizes
         for dropout in (DROPOUT, NO_DROPOUT)
         for kind in KINDS
     ]
 
 
-def _ablation() -> Plan:
-    return [(arm, COMMON | SMALL) for arm in ABLATION]
+def _ablation(shape: dict[str, int]) -> Plan:
+    return [(arm, COMMON | SMALL | shape) for arm in ABLATION]
 
 
 def _growth() -> Plan:

@@ -84,7 +84,7 @@ def measure(arm: Arm, options: dict[str, Any], seconds: float) -> dict[str, Any]
     accelerator = Accelerator(mixed_precision="bf16" if "bf16" in arm.kind else "no")
     data = prepare_data(args, build_stages(args), accelerator)
     device, clock, is_ours = accelerator.device, Clock(seconds), arm.kind.startswith("ours")
-    ceilings = [matmul_rate(device, torch.bfloat16)]
+    ceilings = [ceiling(device)]
     before = _begin_peak(device)
     torch.manual_seed(args.seed)
     if is_ours:
@@ -93,8 +93,8 @@ def measure(arm: Arm, options: dict[str, Any], seconds: float) -> dict[str, Any]
         switches = arm.kind.split()
         train_stock(args, data.tokenizer, data.stores[0], accelerator, switches, lambda _: clock.answer())
     peak_bytes = _peak(device) - before
-    ceilings.append(matmul_rate(device, torch.bfloat16))
-    ceiling = sum(ceilings) / 2
+    ceilings.append(ceiling(device))
+    mean_ceiling = sum(ceilings) / 2
     tokens = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.max_seq_length
     rate = tokens * accelerator.num_processes / clock.seconds_per_update
     # The stock head works everywhere, and so does its last layer.
@@ -102,11 +102,16 @@ def measure(arm: Arm, options: dict[str, Any], seconds: float) -> dict[str, Any]
     flops = training_flops(_config(args), args.max_seq_length, share)
     return {
         "tokens_per_second": rate,
-        "mfu": rate / accelerator.num_processes * flops / ceiling,
-        "ceiling": ceiling,
+        "mfu": rate / accelerator.num_processes * flops / mean_ceiling,
+        "ceiling": mean_ceiling,
         "peak_bytes": peak_bytes,
         "updates": len(clock.marks),
     }
+
+
+def ceiling(device: torch.device) -> float:
+    """What a bf16 matrix product that is large enough for the device reaches now, in FLOP/s."""
+    return matmul_rate(device, torch.bfloat16, 8192 if device.type == "cuda" else 1024)
 
 
 def _config(args: PretrainingArguments) -> Any:
@@ -120,8 +125,8 @@ def train_ours(
     stop: Any,
     arm: Arm = Arm("ours"),
     evaluate: Callable[[PreTrainedModel], None] = lambda model: None,
-) -> None:
-    """The recipe's own loop, data and all, without what `arm` switches off.
+) -> BertLnForMaskedLM:
+    """The recipe's own loop, data and all, without what `arm` switches off; returns the model.
 
     `stop` has the methods of a `StopRequest` that the loop calls, and ends it; `evaluate` is called every
     `eval_steps`.
@@ -149,6 +154,7 @@ def train_ours(
     Trainer(
         args, accelerator, wrapped, model, optimizer, batches, stages, peak, args.bf16, **calls, stop=stop
     ).train()
+    return model
 
 
 def _switch_off(what: str | None, model: BertLnForMaskedLM) -> None:

@@ -1,9 +1,8 @@
 """The loss that ours and the stock recipe have after a training time: same corpus, same frozen masks."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import Any
 
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel
 from bert_ln import BertLnForMaskedLM
 from recipes.arguments import PretrainingArguments, model_config
 from recipes.batches import BlockReader
-from recipes.benchmark_arms import train_ours
+from recipes.benchmark_arms import ceiling, train_ours
 from recipes.command_line import build_arguments
 from recipes.launch import set_threads
 from recipes.masking import Masker
@@ -30,13 +29,16 @@ SHARE = 0.25
 
 
 class Course:
-    """Training time, and losses on the way; in the place of the `StopRequest` of our loop, which it ends."""
+    """Training time, and losses on the way; in the place of the `StopRequest` of our loop, which it ends.
+
+    The time is from the end of the first update: what comes before it is start-up, and differs.
+    """
 
     def __init__(self, seconds: float) -> None:
         """It is enough after `seconds` of training."""
         self.limit, self.agreed, self.updates = seconds, False, 0
         self.curve: list[tuple[int, float, float]] = []
-        self.start = time.perf_counter()
+        self.start = 0.0
 
     @property
     def seconds(self) -> float:
@@ -49,14 +51,17 @@ class Course:
     def answer(self) -> bool:
         """After an update: count it; return whether it is enough."""
         self.updates += 1
+        if self.updates == 1:
+            self.start = time.perf_counter()
         self.agreed = self.seconds > self.limit
         return self.agreed
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What happens within is not training time."""
+    def note(self, validate: Callable[[], float]) -> None:
+        """Add the loss of `validate` to the curve, once an update. It takes no training time."""
+        if self.curve and self.curve[-1][0] == self.updates:
+            return
         before = time.perf_counter()
-        yield
+        self.curve.append((self.updates, self.seconds, validate()))
         self.start += time.perf_counter() - before
 
 
@@ -64,8 +69,9 @@ def time_to_loss(options: dict[str, Any], ways: dict[str, dict[str, Any]], minut
     """Train the stock model for `minutes`, and ours in each of `ways` (over `options`) for `SHARE` of them.
 
     Returns:
-        For `stock` and each way the `curve` (updates, seconds of training and validation loss) and the
-        fingerprint of the `masks` of its validations.
+        For `stock` and each way the `curve` (updates, seconds of training and validation loss), the
+        fingerprint of the `masks` of its validations, and the `ceilings` (bf16 products, FLOP/s) before and
+        after.
     """
     found = {"stock": _in_child(_stock, options, 60 * minutes)}
     for name, way in ways.items():
@@ -73,12 +79,20 @@ def time_to_loss(options: dict[str, Any], ways: dict[str, dict[str, Any]], minut
     return found
 
 
-def _in_child(function: Any, *arguments: Any) -> dict[str, Any]:
+def _in_child(train: Any, options: dict[str, Any], seconds: float) -> dict[str, Any]:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as child:
-        return child.submit(function, *arguments).result()
+        return child.submit(_between_ceilings, train, options, seconds).result()
 
 
-def _stock(options: dict[str, Any], seconds: float) -> dict[str, Any]:
+def _between_ceilings(train: Any, options: dict[str, Any], seconds: float) -> dict[str, Any]:
+    set_threads()
+    device = Accelerator(mixed_precision="no").device
+    before = ceiling(device)
+    course, masks = train(options, seconds)
+    return {"curve": course.curve, "masks": masks, "ceilings": [before, ceiling(device)]}
+
+
+def _stock(options: dict[str, Any], seconds: float) -> tuple[Course, str]:
     """The stock model, as it comes. It is validated in our class, which takes the frozen masks."""
     args, accelerator, data, validation = _prepared(options)
     twin = BertLnForMaskedLM(model_config(args, vocab_size=args.vocab_size, pad_token_id=0))
@@ -86,39 +100,37 @@ def _stock(options: dict[str, Any], seconds: float) -> dict[str, Any]:
     torch.manual_seed(args.seed)
     course = Course(seconds)
 
+    def validate(model: PreTrainedModel) -> float:
+        twin.load_state_dict(model.state_dict())
+        return _loss(validation, twin, accelerator, args)
+
     def after_update(model: PreTrainedModel) -> bool:
         enough = course.answer()
         if enough or course.updates % EVERY == 0:
-            with course.paused():
-                twin.load_state_dict(accelerator.unwrap_model(model).state_dict())
-                loss = _loss(validation, twin, accelerator, args)
-            course.curve.append((course.updates, course.seconds, loss))
+            course.note(lambda: validate(accelerator.unwrap_model(model)))
         return enough
 
     store = data.stores[0]
     everything = store.blocks("train", args.max_seq_length)
     train_stock(args, data.tokenizer, store, accelerator, (), after_update, blocks=everything)
-    return {"curve": course.curve, "masks": validation.mask_fingerprint}
+    return course, validation.mask_fingerprint
 
 
-def _ours(options: dict[str, Any], seconds: float) -> dict[str, Any]:
+def _ours(options: dict[str, Any], seconds: float) -> tuple[Course, str]:
     """Our loop on our model."""
     args, accelerator, data, validation = _prepared(options | {"eval_steps": EVERY})
     course = Course(seconds)
 
     def evaluate(model: PreTrainedModel) -> None:
-        with course.paused():
-            loss = _loss(validation, model, accelerator, args)
-        course.curve.append((course.updates, course.seconds, loss))
+        course.note(lambda: _loss(validation, model, accelerator, args))
 
-    train_ours(args, data, accelerator, course, evaluate=evaluate)
-    return {"curve": course.curve, "masks": validation.mask_fingerprint}
+    evaluate(train_ours(args, data, accelerator, course, evaluate=evaluate))
+    return course, validation.mask_fingerprint
 
 
 def _prepared(
     options: dict[str, Any],
 ) -> tuple[PretrainingArguments, Accelerator, PreparedData, Validation]:
-    set_threads()
     args = build_arguments(options)
     accelerator = Accelerator(mixed_precision="no")
     data = prepare_data(args, build_stages(args), accelerator)

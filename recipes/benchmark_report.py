@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 Rounds = list[dict[str, Any]]
 
@@ -113,13 +114,23 @@ def _data(found: dict[str, Any]) -> Iterator[str]:
 
 def _loss(found: dict[str, Any]) -> Iterator[str]:
     goal = min(loss for _, _, loss in found["stock"]["curve"])
-    limit = found["stock"]["curve"][-1][1]
-    yield f"| way | updates | training time (s) | last loss | part of stock's time to {goal:.3f} or below |"
-    yield "|---|---|---|---|---|"
+    limit = _seconds_to(goal, found["stock"])
+    yield (
+        f"| way | updates | training time (s) | last loss | part of stock's time to {goal:.3f} or below "
+        "| bf16 product before and after (GFLOP/s) |"
+    )
+    yield "|---|---|---|---|---|---|"
     for name, way in found.items():
         updates, seconds, loss = way["curve"][-1]
-        reached = next((f"{time / limit:.3f}" for _, time, at in way["curve"] if at <= goal), "not reached")
-        yield f"| {name} | {updates} | {seconds:.0f} | {loss:.3f} | {reached} |"
+        reached = _seconds_to(goal, way)
+        part = "not reached" if reached is None else f"{reached / limit:.3f}"
+        products = ", ".join(f"{rate / 1e9:.0f}" for rate in way["ceilings"])
+        yield f"| {name} | {updates} | {seconds:.0f} | {loss:.3f} | {part} | {products} |"
+
+
+def _seconds_to(goal: float, way: dict[str, Any]) -> float | None:
+    """Training time until the loss is `goal` or less for the first time."""
+    return next((seconds for _, seconds, loss in way["curve"] if loss <= goal), None)
 
 
 def _scaling(found: dict[str, Any]) -> Iterator[str]:
@@ -170,8 +181,16 @@ def _memory(rounds: Rounds) -> str:
 
 
 def draw(results: dict[str, Any]) -> Figure:
-    """A panel for the ratios and one for the ablation: a bar a way, from lowest to highest round a line."""
-    shown = {part: results[part] for part in ("ratios", "ablation") if part in results}
+    """A panel for each model of the ratios, and one for the ablation.
+
+    A bar is a way, a line goes from its lowest to its highest round.
+    """
+    shown: dict[str, dict[str, Rounds]] = {}
+    for name, rounds in results.get("ratios", {}).items():
+        size, way = name.split("|", 1)
+        shown.setdefault(f"{size}: dropout, way", {})[way] = rounds
+    if "ablation" in results:
+        shown["ablation"] = results["ablation"]
     rows = [len(arms) for arms in shown.values()]
     figure = Figure(figsize=(8, 1 + 0.3 * sum(rows)), layout="constrained")
     panels = figure.subplots(len(shown), height_ratios=rows, squeeze=False)[:, 0]
@@ -194,6 +213,9 @@ def draw_losses(found: dict[str, Any]) -> Figure:
     for axes, name in ((by_time, "training time (s)"), (by_update, "update")):
         axes.axhline(goal, color="C7", linestyle="--", linewidth=1)
         axes.set(xscale="log", xlabel=name)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
     by_time.set_ylabel("validation loss (nats a masked token)")
     by_update.legend(frameon=False)
     return figure

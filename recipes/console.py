@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from bert_ln.modeling_bert_ln import can_narrow
 from recipes.budget import ASSUMED_MFU, total_flops
 from recipes.diagnosis import CAUSES
+from recipes.dropout import CheapDropout
 from recipes.fast_paths import choose_attention
 from recipes.hub_queue import hub_folder, pending, push_command
 from recipes.hub_session import without_secrets
@@ -192,20 +193,22 @@ def _describe_compute(run: "Run") -> str:
     where = "head and last feed-forward block" if can_narrow(run.config) else "head"
     compiled = "layers and head compiled" if run.args.torch_compile else "not compiled"
     optim = "muon for matrices, fused adamw for the rest" if run.args.optim == "muon" else run.args.optim
-    return f"{where} at masked positions only; {compiled} (torch_compile, as you set or by default); {optim}"
+    line = f"{where} at masked positions only; {compiled} (torch_compile, as you set or by default); {optim}"
+    cheap = any(isinstance(module, CheapDropout) and module.p for module in run.model.modules())
+    return f"{line}; dropout from 16 random bits (on a CPU)" if cheap else line
 
 
 def _describe_attention(run: "Run") -> str:
     model, isolated = run.model, run.args.isolate_documents
     length = max(stage.max_seq_length for stage in run.stages)
     asked, has_mask = run.args.attn_implementation, isolated or model.config.attention_window is not None
-    _, why = choose_attention(asked, run.accelerator.device, run.bf16, length, has_mask)
+    kernel, why = choose_attention(asked, run.accelerator.device, run.bf16, length, has_mask)
     mask = "block-diagonal mask, one block a document" if isolated else "no mask: blocks are full"
     if window := model.config.attention_window:
         what = "before" if model.config.attention_window_causal else "around"
         mask = f"a window of {window} positions {what}, global: {model.config.attention_window_global}"
         mask += ", within each document" if isolated else ""
-    return f"{model.config._attn_implementation} ({why}), {mask}"
+    return f"{kernel} ({why}), {mask}"
 
 
 def _as_typed(program: str) -> str:

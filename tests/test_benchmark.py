@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator
 from model_fixtures import ours, randomise
-from test_fast_paths import masked_batch
+from test_fast_paths import CAPACITY, LENGTH, ROWS, layer_outputs, masked_batch
 from transformers import BertForMaskedLM
 
 from bert_ln import BertLnForMaskedLM
@@ -22,6 +23,7 @@ from recipes.benchmark_start import start_times
 from recipes.budget import training_flops
 from recipes.command_line import build_arguments
 from recipes.cost_model import Hardware, Model
+from recipes.dropout import CheapDropout, cheapen_dropout
 from recipes.errors import UserError
 from recipes.preparation import prepare_stores
 from recipes.stock_recipe import stock_config
@@ -38,15 +40,47 @@ OPTIONS = {
 }
 
 
+def types(model, batch):
+    """How many embeddings of types are looked up."""
+    found = []
+    table = model.bert.embeddings.token_type_embeddings
+    with table.register_forward_hook(lambda module, inputs, output: found.append(inputs[0].numel())):
+        model(**batch)
+    return found[0]
+
+
+def scores(model, batch):
+    """Positions that the head works at."""
+    return model(**batch).logits.shape[:-1].numel()
+
+
+# What each switch must be seen to change, and its values before and after.
+SEEN = {
+    "cheap_dropout": (
+        lambda model, batch: {type(m) for m in model.modules() if isinstance(m, torch.nn.Dropout)},
+        {CheapDropout},
+        {torch.nn.Dropout},
+    ),
+    "narrow_layer": (lambda model, batch: layer_outputs(model, **batch)[1], CAPACITY, LENGTH),
+    "shared_embeddings": (types, 1, ROWS * LENGTH),
+    "sparse_head": (scores, ROWS * CAPACITY, ROWS * LENGTH),
+}
+
+
 @pytest.mark.parametrize(
     "what", [arm.without for arm in ABLATION if arm.without not in (None, "keep_memory")]
 )
-def test_what_is_switched_off_changes_no_loss(what):
+def test_what_is_switched_off_is_off_and_changes_no_loss(what):
     plain, other = (randomise(ours(sparse_prediction=True)) for _ in range(2))
+    for model in (plain, other):
+        cheapen_dropout(model, has_mask=False)
+        model.eval()
     _switch_off(what, other)
     batch = masked_batch()
     rival = with_all_positions(batch) if what == "sparse_head" else batch
     torch.testing.assert_close(plain(**batch).loss, other(**rival).loss, rtol=1e-5, atol=1e-6)
+    look, before, after = SEEN[what]
+    assert (look(plain, batch), look(other, rival)) == (before, after)
 
 
 def test_the_stock_model_has_the_same_sizes():
@@ -132,8 +166,9 @@ def test_losses_are_taken_from_the_weights_that_are_trained(options):
     losses = {name: [loss for _, _, loss in way["curve"]] for name, way in found.items()}
     assert len(set(losses["idle"])) == 1
     for name, limit in (("stock", 6.0), ("same", 6.0 * SHARE)):
-        assert losses[name][-1] < losses[name][0] < losses["idle"][0]
-        assert limit - 1 < found[name]["curve"][-1][1] < limit + 1
+        assert losses[name][-1] < losses["idle"][0]
+        assert found[name]["curve"][-1][1] > limit  # the weights at the end are measured, too
+        assert min(found[name]["ceilings"]) > 0
 
 
 @pytest.mark.slow
@@ -141,7 +176,7 @@ def test_two_processes_share_the_blocks_of_one(options):
     found = scaling({"tiny": options}, 0.0, 1)["tiny"]
     assert [[one["updates"] for one in rounds] for rounds in found["measured"].values()] == [[5], [5]]
     assert all(rounds[0]["tokens_per_second"] > 0 for rounds in found["measured"].values())
-    assert 0 < found["predicted"][0] < 2
+    assert found["predicted"][0] > 0
 
 
 def test_the_prediction_counts_the_gradients_that_travel(options, monkeypatch):
@@ -161,19 +196,28 @@ def test_the_prediction_counts_the_gradients_that_travel(options, monkeypatch):
 def test_a_run_is_resumed_from_where_it_was_ended():
     found = start_times(["--num_hidden_layers", "1", "--hidden_size", "64", "--num_attention_heads", "1"])
     few, more = found["resumed"]
-    assert 10 <= few < 100 <= more
+    assert 10 <= few < few + 90 <= more
     assert min(found["cold"], found["warm"], *found["resumed"].values()) > 0
 
 
 def test_training_time_is_without_validations(monkeypatch):
     now = 0.0
     monkeypatch.setattr("time.perf_counter", lambda: now)
+
+    def validate():
+        nonlocal now
+        now += 140.0
+        return 5.0
+
     course = Course(100.0)
-    now = 10.0
-    with course.paused():
-        now = 150.0
-    assert (course.seconds, course.answer(), course.updates) == (10.0, False, 1)
-    now = 240.5
+    now = 30.0  # start-up, and the first update
+    assert not course.answer()
+    now = 40.0
+    assert not course.answer()
+    course.note(validate)
+    course.note(validate)  # once an update
+    assert course.curve == [(2, 10.0, 5.0)] and course.seconds == 10.0
+    now += 90.5
     assert course.answer() and course.agreed
 
 
@@ -219,9 +263,15 @@ def test_the_report_has_a_row_for_each_way_and_each_axis(tmp_path):
             "validation_tokens_per_second": 5.0,
         },
         "loss": {
-            "stock": {"curve": [(20, 300.0, 7.0), (40, 600.0, 6.5), (80, 1200.0, 6.55)]},
-            "quick": {"curve": [(20, 60.0, 6.6), (40, 120.0, 6.5), (60, 180.0, 6.4)]},
-            "slow": {"curve": [(20, 60.0, 6.6)]},
+            "stock": {
+                "curve": [(20, 300.0, 7.0), (40, 600.0, 6.5), (80, 1200.0, 6.55)],
+                "ceilings": [4e11, 5e11],
+            },
+            "quick": {
+                "curve": [(20, 60.0, 6.6), (40, 120.0, 6.5), (60, 180.0, 6.4)],
+                "ceilings": [4e11, 5e11],
+            },
+            "slow": {"curve": [(20, 60.0, 6.6)], "ceilings": [4e11, 5e11]},
         },
         "scaling": {"BERT-base": {"measured": {1: [round_of(8.0)], 2: [round_of(6.0)]}, "predicted": [0.8]}},
         "start": {"cold": 20.0, "warm": 8.0, "resumed": {10: 9.0}},
@@ -233,8 +283,9 @@ def test_the_report_has_a_row_for_each_way_and_each_axis(tmp_path):
     assert "| 6x256, 0.1 | ours | 1.50 (1.50-1.50) | 1.50 (1.50-1.50) | 1.00 (1.00-1.00) |" in text
     assert "| BERT-base | 8 | 6 | 0.75 (0.75-0.75) | 0.80 (0.80-0.80) |" in text
     assert "| resumed after 10 updates | 9.0 |" in text
-    assert "| quick | 60 | 180 | 6.400 | 0.100 |" in text
-    assert "| slow | 20 | 60 | 6.600 | not reached |" in text
+    # Stock has its lowest loss after 600 s, not at its end.
+    assert "| quick | 60 | 180 | 6.400 | 0.200 | 400, 500 |" in text
+    assert "| slow | 20 | 60 | 6.600 | not reached | 400, 500 |" in text
     assert all(f"| {arm.name} |" in text for arm in ABLATION)
     assert all(f"| {what} |" in text for what in GROWTH) and "| -1.00 |" in text
     assert len(figures) == 2 and all(figure.stat().st_size > 10_000 for figure in figures)
@@ -253,11 +304,46 @@ def test_the_report_has_a_row_for_each_way_and_each_axis(tmp_path):
         ("--seconds -1", "seconds -1.0: must be at least 0"),
         ("--minutes -1", "minutes -1.0: must be at least 0"),
         ("--repeats many", "repeats"),
+        ("--per_device_train_batch_size 0", "per_device_train_batch_size 0"),
+        ("--max_seq_length 2", "max_seq_length 2"),
     ],
 )
 def test_a_mistake_is_named(words, message):
     with pytest.raises(UserError, match=message.replace("?", r"\?")):
         parse_command_line(words.split())
+
+
+def test_the_shape_of_a_batch_is_that_of_ratios_and_ablation():
+    given = parse_command_line(["--max_seq_length", "512", "--per_device_train_batch_size", "64"])
+    shape = benchmark._shape(given)
+    for plan in (benchmark._ratios(["BERT-base"], shape), benchmark._ablation(shape)):
+        assert all(
+            options["max_seq_length"] == 512 and options["per_device_train_batch_size"] == 64
+            for _, options in plan
+        )
+    assert benchmark._shape(parse_command_line([])) == {}
+
+
+def test_on_a_gpu_two_processes_are_not_asked_for(monkeypatch):
+    monkeypatch.setattr(Accelerator, "device", torch.device("cuda"))
+    assert "scaling" not in parse_command_line([]).parts
+    with pytest.raises(UserError, match=r"parts scaling: .*cuda"):
+        parse_command_line(["--parts", "scaling"])
+
+
+def test_what_was_measured_is_written_after_each_part(monkeypatch, tmp_path):
+    def fail():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["b", "--parts", "growth,start", "--output_dir", str(tmp_path)])
+    monkeypatch.setattr(benchmark, "prepare_stores", lambda args, seconds: None)
+    monkeypatch.setattr(
+        benchmark, "_alternate", lambda plan, *rest: {arm.name: [round_of(1.0)] for arm, _ in plan}
+    )
+    monkeypatch.setattr(benchmark, "start_times", lambda options: fail())
+    with pytest.raises(KeyboardInterrupt):
+        main()
+    assert "| depth |" in (tmp_path / "benchmark.md").read_text()
 
 
 def test_a_mistake_ends_with_2(monkeypatch, capsys):

@@ -255,6 +255,15 @@ def test_the_screen_before_the_first_step(tiny, capsys):
     assert "left 0:0" in printed
 
 
+@pytest.mark.parametrize("probability", [0.0, 0.1])
+def test_the_screen_names_the_kernel_that_was_asked_for_and_whose_dropout_it_is(tiny, capsys, probability):
+    dropout = {"hidden_dropout_prob": probability, "attention_probs_dropout_prob": probability}
+    pretrain(tiny(max_steps=1, attn_implementation="eager", **dropout))
+    printed = capsys.readouterr().out
+    assert "eager (as you set)" in printed
+    assert ("dropout from 16 random bits" in printed) == (probability > 0)
+
+
 def test_the_next_commands_exist(tiny, finished):
     for line in console.next_commands(finished):
         words = line[12:].split()
